@@ -1,0 +1,81 @@
+"""What the switch learns by itself: return paths, made of `learn` actions (`ovs-actions(7)`).
+
+The learned flows are kept apart by cookie, so that one kind cannot use up the limit of another.
+"""
+
+from __future__ import annotations
+
+from apps.base import IPV4, SCTP, TCP, UDP
+from controller import fields
+from controller.fields import Field
+from controller.flow import Bits, Learn, LearnLoad, LearnMatch, whole
+from controller.frame import cookie
+from controller.model import Role
+from controller.pipeline import OUT_BITS, RETURN, RETURNED, ROLE, role_value
+
+APP_ID = 6
+IDLE_S = 300
+"""A return path ends so long after its last packet in."""
+HARD_S = 600
+"""And so long after the last packet out, however much comes in: every packet out starts this time anew."""
+LIMIT = 4096
+"""Learned paths of one kind on one bridge. Beyond it the switch learns no more and what comes back drops."""
+PRIORITY = 100
+
+CONTAINERS = cookie(APP_ID, "returns/containers", learned=True)
+MESH = cookie(APP_ID, "returns/mesh", learned=True)
+REPLIES = cookie(APP_ID, "returns/replies", learned=True)
+
+_PORTS: dict[int, tuple[Field, Field]] = {
+    TCP: (fields.TCP_SRC, fields.TCP_DST),
+    UDP: (fields.UDP_SRC, fields.UDP_DST),
+    SCTP: (fields.SCTP_SRC, fields.SCTP_DST),
+}
+
+_CHOOSE = (
+    LearnLoad(1, whole(RETURNED)),
+    LearnLoad(Bits(fields.IN_PORT_16.header, 0, 16), OUT_BITS),
+    LearnLoad(whole(fields.ETH_SRC), whole(fields.ETH_DST)),
+)
+
+
+def learn_return(role: Role) -> Learn:
+    """Learned from a packet that leaves by the egress: answers to its sender may come in, to its port and MAC."""
+    return Learn(
+        RETURN.id,
+        PRIORITY,
+        MESH if role is Role.MESH else CONTAINERS,
+        IDLE_S,
+        HARD_S,
+        LIMIT,
+        (
+            LearnMatch(whole(ROLE), role_value(Role.EGRESS)),
+            LearnMatch(whole(fields.ETH_TYPE), IPV4),
+            LearnMatch(whole(fields.IPV4_DST), whole(fields.IPV4_SRC)),
+            *_CHOOSE,
+        ),
+    )
+
+
+def learn_reply(server_port: int, protocol: int) -> Learn:
+    """Learned from a client's packet to a service: the server's answers to that client, and only those, go back
+    through the port the client came in by. `server_port` is the OpenFlow port of the server."""
+    source, target = _PORTS[protocol]
+    return Learn(
+        RETURN.id,
+        PRIORITY,
+        REPLIES,
+        IDLE_S,
+        HARD_S,
+        LIMIT,
+        (
+            LearnMatch(Bits(fields.IN_PORT_16.header, 0, 16), server_port & 0xFFFF),
+            LearnMatch(whole(fields.ETH_TYPE), IPV4),
+            LearnMatch(whole(fields.IP_PROTO), protocol),
+            LearnMatch(whole(fields.IPV4_SRC), whole(fields.IPV4_DST)),
+            LearnMatch(whole(fields.IPV4_DST), whole(fields.IPV4_SRC)),
+            LearnMatch(whole(source), whole(target)),
+            LearnMatch(whole(target), whole(source)),
+            *_CHOOSE,
+        ),
+    )

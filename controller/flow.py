@@ -1,0 +1,326 @@
+"""Flows, matches and actions as values: comparable, hashable, printable as ovs-ofctl syntax.
+
+The wire form is `controller.codec`'s affair, os-ken's objects are the shell's. Imports fields and address types only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+from controller import fields
+from controller.fields import BY_NAME, Field
+
+MatchItem = tuple[int, int, int]
+"""(OXM header, value, mask); the value has no bits outside the mask."""
+
+
+class Match(tuple[MatchItem, ...]):
+    """What a flow matches: items sorted by header, at most one for a field. Equal matches are equal tuples."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, items: Iterable[MatchItem]) -> Match:
+        """A match of items in any order. Items with an empty mask match everything and are left out."""
+        return cls(sorted(item for item in items if item[2]))
+
+    @classmethod
+    def named(cls, **values: object) -> Match:
+        """A match by field name; a value is an integer or a pair (value, mask).
+
+        Raises `KeyError` for an unknown field and `ValueError` for a value that does not fit it.
+        """
+        return cls.of(match_item(BY_NAME[name], value) for name, value in values.items())
+
+    def get(self, wanted: Field) -> tuple[int, int] | None:
+        """(value, mask) of that field, or None where it is not matched."""
+        for header, value, mask in self:
+            if header == wanted.header:
+                return value, mask
+        return None
+
+    def overlaps(self, other: Match) -> bool:
+        """Whether some packet matches both."""
+        mine = {header: (value, mask) for header, value, mask in self}
+        for header, value, mask in other:
+            if header in mine:
+                my_value, my_mask = mine[header]
+                if (value ^ my_value) & mask & my_mask:
+                    return False
+        return True
+
+    def __str__(self) -> str:
+        values = {header: value for header, value, _ in self}
+        eth_type, proto = values.get(fields.ETH_TYPE.header), values.get(fields.IP_PROTO.header)
+        words: list[str] = []
+        said: set[int] = set()
+        if (eth_type, proto) in _KEYWORDS:
+            words, said = [_KEYWORDS[eth_type, proto]], {fields.ETH_TYPE.header, fields.IP_PROTO.header}
+        elif (eth_type, None) in _KEYWORDS:
+            words, said = [_KEYWORDS[eth_type, None]], {fields.ETH_TYPE.header}
+        words += (fields.by_header(h).text(v, m) for h, v, m in self if h not in said)
+        return ",".join(words)
+
+
+_KEYWORDS: dict[tuple[int | None, int | None], str] = {
+    (0x0800, None): "ip",
+    (0x0806, None): "arp",
+    (0x86DD, None): "ipv6",
+    (0x0800, 1): "icmp",
+    (0x0800, 6): "tcp",
+    (0x0800, 17): "udp",
+    (0x0800, 132): "sctp",
+    (0x86DD, 6): "tcp6",
+    (0x86DD, 17): "udp6",
+    (0x86DD, 58): "icmp6",
+}
+
+
+def match_item(of: Field, value: object) -> MatchItem:
+    """One item; `value` is an integer or (value, mask), and bits outside the mask are an error."""
+    number, mask = value if isinstance(value, tuple) else (value, of.full)
+    if not isinstance(number, int) or not isinstance(mask, int):
+        raise ValueError(f"{of.name}: {value!r} is not an integer or a pair of integers")
+    if number & ~mask or mask & ~of.full:
+        raise ValueError(f"{of.name}={number:#x}/{mask:#x} does not fit {of.bits} bits or sets bits outside its mask")
+    if mask != of.full and not of.maskable:
+        raise ValueError(f"{of.name} cannot be masked")
+    return of.header, int(number), int(mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Send to a port. `max_len` bytes of it when the port is the controller."""
+
+    port: int
+    max_len: int = 0
+
+    def __str__(self) -> str:
+        if self.port == fields.CONTROLLER:
+            return f"CONTROLLER:{self.max_len}"
+        if self.port in (fields.IN_PORT, fields.LOCAL, fields.NORMAL):
+            return fields.IN_PORT_FIELD.show(self.port)
+        return {fields.FLOOD: "FLOOD", fields.ALL: "ALL"}.get(self.port, f"output:{self.port}")
+
+
+@dataclass(frozen=True, slots=True)
+class SetField:
+    """Write a constant over a whole field."""
+
+    header: int
+    value: int
+
+    def __str__(self) -> str:
+        of = fields.by_header(self.header)
+        return f"set_field:{of.show(self.value)}->{of.ofctl}"
+
+
+class Bits(NamedTuple):
+    """A run of bits of a field: `NXM_NX_REG1[0..15]`."""
+
+    header: int
+    start: int
+    width: int
+
+    def __str__(self) -> str:
+        of = fields.by_header(self.header)
+        name = of.ofctl
+        if self.start == 0 and self.width == of.bits:
+            return f"{name}[]"
+        return f"{name}[{self.start}..{self.start + self.width - 1}]" if self.width > 1 else f"{name}[{self.start}]"
+
+
+def whole(of: Field) -> Bits:
+    """All bits of a field."""
+    return Bits(of.header, 0, of.bits)
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Copy bits from one field into another (Nicira reg_move)."""
+
+    source: Bits
+    target: Bits
+
+    def __str__(self) -> str:
+        return f"move:{self.source}->{self.target}"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Write a constant into some bits of a field (Nicira reg_load)."""
+
+    value: int
+    target: Bits
+
+    def __str__(self) -> str:
+        return f"load:{self.value:#x}->{self.target}"
+
+
+@dataclass(frozen=True, slots=True)
+class Resubmit:
+    """Look the packet up in another table too, then go on (Nicira resubmit_table)."""
+
+    table: int
+
+    def __str__(self) -> str:
+        return f"resubmit(,{self.table})"
+
+
+@dataclass(frozen=True, slots=True)
+class LearnMatch:
+    """The learned flow matches `target` against a constant, or against what `source` holds now."""
+
+    target: Bits
+    source: Bits | int
+
+    def __str__(self) -> str:
+        if isinstance(self.source, int):
+            of = fields.by_header(self.target.header)
+            return f"{of.ofctl}={of.show(self.source)}"
+        return f"{self.target}={self.source}"
+
+
+@dataclass(frozen=True, slots=True)
+class LearnLoad:
+    """The learned flow loads a constant, or what `source` holds now, into `target`."""
+
+    source: Bits | int
+    target: Bits
+
+    def __str__(self) -> str:
+        value = f"{self.source:#x}" if isinstance(self.source, int) else str(self.source)
+        return f"load:{value}->{self.target}"
+
+
+@dataclass(frozen=True, slots=True)
+class Learn:
+    """Add or refresh a flow in `table` (Nicira learn2, with a limit: `ovs-actions(7)`).
+
+    Times are seconds; `limit` counts flows of that table and cookie. The switch tells us when such a flow ends.
+    """
+
+    table: int
+    priority: int
+    cookie: int
+    idle_s: int
+    hard_s: int
+    limit: int
+    specs: tuple[LearnMatch | LearnLoad, ...]
+
+    def __str__(self) -> str:
+        head = (
+            f"table={self.table},idle_timeout={self.idle_s},hard_timeout={self.hard_s},priority={self.priority},"
+            f"send_flow_rem,cookie={self.cookie:#x},limit={self.limit}"
+        )
+        return f"learn({head},{','.join(map(str, self.specs))})"
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """An action of somebody else's flow that we do not decode; kept so that the flow can be compared and shown."""
+
+    data: bytes
+
+    def __str__(self) -> str:
+        return f"raw({self.data.hex()})"
+
+
+Action = Output | SetField | Move | Load | Resubmit | Learn | Raw
+
+FlowKey = bytes
+"""Table, priority and match packed together: what identifies a flow in a switch. Bytes keep their hash, tuples do not."""
+
+
+@lru_cache(maxsize=1 << 16)
+def _item_key(item: MatchItem) -> bytes:
+    header, value, mask = item
+    size = (max(value, mask).bit_length() + 7) // 8
+    return header.to_bytes(4, "big") + bytes([size]) + value.to_bytes(size, "big") + mask.to_bytes(size, "big")
+
+SEND_FLOW_REM = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """One flow. `actions` empty and no `goto` means drop; `table` and `goto` are table ids; times are seconds."""
+
+    table: int
+    priority: int
+    match: Match
+    actions: tuple[Action, ...] = ()
+    goto: int | None = None
+    cookie: int = 0
+    idle_s: int = 0
+    hard_s: int = 0
+    flags: int = 0
+    key: FlowKey = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        place = self.table << 16 | self.priority
+        object.__setattr__(self, "key", place.to_bytes(3, "big") + b"".join(map(_item_key, self.match)))
+
+    @property
+    def effect(self) -> tuple[tuple[Action, ...], int | None]:
+        """What happens to a packet; two overlapping flows of one effect do not contradict each other."""
+        return self.actions, self.goto
+
+    def __str__(self) -> str:
+        head = [f"table={self.table}", f"priority={self.priority}"]
+        if self.cookie:
+            head.append(f"cookie={self.cookie:#x}")
+        if self.idle_s:
+            head.append(f"idle_timeout={self.idle_s}")
+        if self.hard_s:
+            head.append(f"hard_timeout={self.hard_s}")
+        if self.flags & SEND_FLOW_REM:
+            head.append("send_flow_rem")
+        if self.match:
+            head.append(str(self.match))
+        return ",".join(head) + ",actions=" + self.actions_text
+
+    @property
+    def actions_text(self) -> str:
+        """The actions in ovs-ofctl syntax, `drop` where there are none."""
+        parts = [str(action) for action in self.actions]
+        if self.goto is not None:
+            parts.append(f"goto_table:{self.goto}")
+        return ",".join(parts) or "drop"
+
+
+OWNER = 0xB01C
+"""The upper 16 bits of every cookie of ours."""
+OWNER_MASK = 0xFFFF << 48
+_LEARNED = 0x80
+
+
+class Cookie(NamedTuple):
+    """Who a flow belongs to: owner (16 bits) | app (8 bits, the top one for learned flows) | object (40 bits)."""
+
+    app: int
+    object: int
+    learned: bool = False
+
+    def __int__(self) -> int:
+        return OWNER << 48 | (self.app | (_LEARNED if self.learned else 0)) << 40 | self.object
+
+    @classmethod
+    def of(cls, cookie: int) -> Cookie | None:
+        """The parts of a cookie of ours, or None for somebody else's."""
+        if cookie >> 48 != OWNER:
+            return None
+        app = cookie >> 40 & 0xFF
+        return cls(app & ~_LEARNED, cookie & 0xFFFFFFFFFF, bool(app & _LEARNED))
+
+
+def is_ours(cookie: int) -> bool:
+    """Whether a cookie has our owner bits."""
+    return cookie >> 48 == OWNER
+
+
+def is_learned(cookie: int) -> bool:
+    """Whether a cookie of ours belongs to a flow that the switch made itself with `learn`."""
+    return is_ours(cookie) and bool(cookie >> 40 & _LEARNED)
