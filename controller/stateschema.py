@@ -26,6 +26,7 @@ IFNAMSIZ: Final = 15
 MAX_ID: Final = 999_999_999
 MAX_FLOW_LENGTH: Final = 2048
 MAX_FLOWS: Final = 4096
+MAX_NETWORKS: Final = 64
 MAX_CONTAINERS: Final = 60_000
 MAX_PROBLEMS: Final = 1000
 # A did-you-mean costs a comparison with every candidate; a file of nonsense gets none after this many.
@@ -365,7 +366,7 @@ class Lxc(_Spec):
 class StateSpec(_Spec):
     """Everything a state file can say."""
 
-    networks: dict[Label, NetworkSpec] = {}
+    networks: dict[Label, NetworkSpec] = Field(default={}, max_length=MAX_NETWORKS)
     bridges: dict[Interface, BridgeSpec] = {}
     netmaker: Netmaker = Netmaker()
     networking: Networking = Networking()
