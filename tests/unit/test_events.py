@@ -111,8 +111,8 @@ class TestSpelling:
     def test_a_line_is_canonical_json_and_its_hash_covers_the_rest(self) -> None:
         line = encode(sealed(Event(Kind.PORT_UP, "é up", bridge="vmbr0")))
         body = (
-            '{"bridge":"vmbr0","kind":"port_up","prev":"%s","seq":1,"text":"é up","time":"2026-01-02T12:00:00.000042Z"}'
-            % GENESIS
+            f'{{"bridge":"vmbr0","kind":"port_up","prev":"{GENESIS}",'
+            '"seq":1,"text":"é up","time":"2026-01-02T12:00:00.000042Z"}'
         )
         digest = hashlib.sha256(body.encode()).hexdigest()
         assert line.decode() == body.replace('"kind"', f'"hash":"{digest}","kind"')
