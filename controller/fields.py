@@ -160,6 +160,7 @@ def by_header(header: int) -> Field:
         return known
     return Field(f"oxm_{header >> 16:#06x}_{header >> 9 & 0x7F}", header, 8 * size, True, _hex)
 
+
 _NXM_ALIASES = {
     (NXM_0, 1): ETH_DST,
     (NXM_0, 2): ETH_SRC,

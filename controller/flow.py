@@ -241,6 +241,7 @@ def _item_key(item: MatchItem) -> bytes:
     size = (max(value, mask).bit_length() + 7) // 8
     return header.to_bytes(4, "big") + bytes([size]) + value.to_bytes(size, "big") + mask.to_bytes(size, "big")
 
+
 SEND_FLOW_REM = 1
 
 

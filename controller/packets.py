@@ -57,9 +57,7 @@ def _words(layers: packet.Packet, eth: ethernet.ethernet) -> Seen:
     return Seen(f"{prefix}ethertype {eth.ethertype:#06x} {eth.src} > {eth.dst}", eth.src, eth.dst)
 
 
-def _ip(
-    layers: packet.Packet, prefix: str, source: str, target: str, proto: int, fragment: bool, mac: str
-) -> Seen:
+def _ip(layers: packet.Packet, prefix: str, source: str, target: str, proto: int, fragment: bool, mac: str) -> Seen:
     name, from_port, to_port = f"ip proto {proto}", "", ""
     if (t := layers.get_protocol(tcp.tcp)) is not None and not fragment:
         name, from_port, to_port = "tcp", f":{t.src_port}", f":{t.dst_port}"
@@ -116,9 +114,7 @@ def _refusal(data: bytes, gateway: Ipv4) -> bytes | None:
 
 def _reset(segment: tcp.tcp, ip: ipv4.ipv4) -> tcp.tcp:
     if segment.has_flags(tcp.TCP_ACK):
-        return tcp.tcp(
-            src_port=segment.dst_port, dst_port=segment.src_port, seq=segment.ack, ack=0, bits=tcp.TCP_RST
-        )
+        return tcp.tcp(src_port=segment.dst_port, dst_port=segment.src_port, seq=segment.ack, ack=0, bits=tcp.TCP_RST)
     length = max(0, ip.total_length - ip.header_length * 4 - segment.offset * 4)
     length += bool(segment.has_flags(tcp.TCP_SYN)) + bool(segment.has_flags(tcp.TCP_FIN))
     return tcp.tcp(

@@ -436,6 +436,8 @@ def _salvage(tree: dict[str, Any], details: Sequence[ErrorDetails]) -> Checked:
     """Leave out every unknown key and every misshapen unit, and check the rest again."""
     guesses = _Guesses()
     problems = tuple(_problem(detail, guesses) for detail in details)
+    if not all(detail["loc"] for detail in details):
+        return Checked(None, problems)
     cuts: _Trie = {}
     damaged: set[str] = set()
     lost: set[int] = set()

@@ -40,6 +40,7 @@ _WORDS: Final[dict[str, bool | None]] = {
 }
 _INTEGER: Final = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,17})")
 _PLAIN_SEGMENT: Final = re.compile(r"[\w-]{1,64}")
+_SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
 _UNPRINTABLE: Final = re.compile(r"[^\x20-\x7e]")
 
 
@@ -166,6 +167,10 @@ def _decode(data: bytes, where: str) -> str:
         ) from exc
 
 
+def _half_a_pair(source: str) -> Problem:
+    return error("file-encoding", source, "half of a surrogate pair", "Unicode text", "Remove that character.")
+
+
 def parse(text: str, source: str) -> tuple[dict[str, Any], list[Problem]]:
     """The mapping that YAML or JSON text holds, and what is wrong with it short of being unreadable (duplicate keys)."""
     if len(text) > MAX_BYTES:
@@ -174,8 +179,7 @@ def parse(text: str, source: str) -> tuple[dict[str, Any], list[Problem]]:
         if len(text.encode()) > MAX_BYTES:
             raise InvalidInput(source, [_too_large(source)])
     except UnicodeEncodeError as exc:
-        problem = error("file-encoding", source, "half of a surrogate pair", "UTF-8 text", "Save the file as UTF-8.")
-        raise InvalidInput(source, [problem]) from exc
+        raise InvalidInput(source, [_half_a_pair(source)]) from exc
     if not text.strip():
         fix = "Start from examples/oo1424oo.yaml."
         raise InvalidInput(source, [error("file-empty", source, "an empty file", "a mapping of keys", fix)])
@@ -198,7 +202,12 @@ def _read_json_or_yaml(text: str, source: str) -> tuple[Any, list[Problem]]:
     json_fault = ""
     if text.lstrip()[:1] == "{":
         try:
-            return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant), []
+            value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+            if _SURROGATE.search(text):
+                json.dumps(value, ensure_ascii=False).encode()
+            return value, []
+        except UnicodeEncodeError as exc:
+            raise InvalidInput(source, [_half_a_pair(source)]) from exc
         except _NotPlainJson:
             pass
         except json.JSONDecodeError as exc:

@@ -1,0 +1,441 @@
+"""The command line. Exit codes: 0 good, 1 the answer is no (invalid, unsafe, differs), 2 could not find out.
+
+What is printed is a table for people or, with `--json`, one JSON value. Problems go to standard error, one line each,
+never a traceback. The controller's modules are imported by its own command only: they choose a thread hub.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as Grid
+
+from controller import eventview
+from controller.compile import BridgeCompiler, Compiled, Names, planned_ports
+from controller.control import ask
+from controller.eventlog import Filter, follow, last_seq, read, verify
+from controller.events import Kind, Record, encode
+from controller.model import BridgeKind, DesiredState
+from controller.pipeline import table_name
+from controller.problems import BulkheadError, InvalidInput, Problem, Severity
+from controller.statefile import load
+
+lab = click.Group("lab")
+
+NO, UNKNOWN = 1, 2
+RUN_DIR = Path("/run/bulkhead")
+EVENTS_DIR = Path("/var/lib/bulkhead/events")
+OVSDB = "unix:/var/run/openvswitch/db.sock"
+
+_file = click.argument("file", type=click.Path(path_type=Path))
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")
+_run_dir = click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    default=RUN_DIR,
+    show_default=True,
+    envvar="BULKHEAD_RUN_DIR",
+    help="Where the controller's control socket is.",
+)
+_events_dir = click.option(
+    "--events",
+    "events_dir",
+    type=click.Path(path_type=Path),
+    default=EVENTS_DIR,
+    show_default=True,
+    envvar="BULKHEAD_EVENTS",
+    help="Where the event log is.",
+)
+
+
+@contextmanager
+def _reporting() -> Iterator[None]:
+    """Turn what the rest raises into messages and exit codes."""
+    try:
+        yield
+    except InvalidInput as exc:
+        _print_problems(exc.problems)
+        sys.exit(NO)
+    except BulkheadError as exc:
+        _say(f"bulkhead: {exc}")
+        sys.exit(UNKNOWN)
+    except BrokenPipeError:
+        # The reader of our output went away. Point stdout elsewhere, or Python complains again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        with _reporting():
+            function(*args, **kwargs)
+
+    return wrapped
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _print_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print_problems(problems: tuple[Problem, ...]) -> None:
+    colours = {Severity.ERROR: "red", Severity.WARNING: "yellow"}
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    for problem in problems:
+        colour = colours[problem.severity]
+        console.print(f"[bold {colour}]{problem.severity}[/] [bold]{escape(problem.path)}[/] [dim]({problem.code})[/]")
+        console.print(f"    found    {escape(problem.found)}", f"    expected {escape(problem.expected)}", sep="\n")
+        console.print(f"    {escape(problem.fix)}")
+
+
+def _grid(*columns: str) -> Grid:
+    grid = Grid(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        grid.add_column(column, overflow="fold")
+    return grid
+
+
+def _print_grid(grid: Grid) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=240)
+    console.print(grid)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="bulkhead")
+def main() -> None:
+    """Keep two networks on the same hosts apart, and prove it."""
+
+
+main.add_command(lab)
+
+
+@main.command()
+@_file
+@_json
+@_command
+def check(file: Path, as_json: bool) -> None:
+    """Say everything that is wrong with a state FILE; exit 1 if it cannot be used."""
+    try:
+        loaded = load(file)
+    except InvalidInput as exc:
+        if not as_json:
+            raise
+        _print_json({"valid": False, "problems": [p.as_dict() for p in exc.problems]})
+        sys.exit(NO)
+    if as_json:
+        _print_json({"valid": True, "state": loaded.state.digest, "problems": [p.as_dict() for p in loaded.problems]})
+        return
+    _print_problems(loaded.problems)
+    networks = ", ".join(f"{n.name} ({len(n.members)} members)" for n in loaded.state.networks)
+    click.echo(f"{file} is valid: {networks}; {len(loaded.problems)} warning(s); state {loaded.state.digest}")
+
+
+@main.command("compile")
+@_file
+@click.option("--bridge", help="Only this bridge.")
+@click.option("--format", "form", type=click.Choice(["ofctl", "json"]), default="ofctl", show_default=True)
+@click.option("--ports", help="Port numbers, as name=number,name=number (default: 1, 2, … in declared order).")
+@_command
+def compile_command(file: Path, bridge: str | None, form: str, ports: str | None) -> None:
+    """Print the flows that a state FILE compiles to.
+
+    The ofctl form is what `ovs-ofctl -O OpenFlow14 add-flows BRIDGE -` loads. On a bridge whose ports are numbered
+    otherwise, give their numbers with --ports.
+    """
+    state = load(file).state
+    names = Names([state])
+    if bridge is not None and state.bridge(bridge) is None:
+        raise BulkheadError(f"{file} declares no bridge {bridge!r}; it has {', '.join(b.name for b in state.bridges)}")
+    numbers = _port_numbers(ports)
+    chosen = [b for b in state.bridges if bridge in (None, b.name)]
+    compiled = [_compile(state, b.name, numbers) for b in chosen]
+    if form == "json":
+        _print_json({c.bridge.name: [_flow_json(c, flow, names) for flow in _ordered(c)] for c in compiled})
+        return
+    for c in compiled:
+        _print_ofctl(c, names)
+
+
+def _port_numbers(text: str | None) -> dict[str, int]:
+    out = {}
+    for part in filter(None, (text or "").split(",")):
+        name, _, number = part.partition("=")
+        if not number.isdecimal() or not 0 < int(number) < 0xFF00:
+            raise BulkheadError(f"--ports: {part!r} is not name=number, with a number from 1 to 65279")
+        out[name] = int(number)
+    return out
+
+
+def _compile(state: DesiredState, name: str, numbers: dict[str, int]) -> Compiled:
+    from dataclasses import replace
+
+    bridge = state.bridge(name)
+    assert bridge is not None
+    ports = planned_ports(state, bridge)
+    ports = {n: replace(port, number=numbers.get(n, port.number)) for n, port in ports.items()}
+    taken: dict[int, str] = {}
+    for port in ports.values():
+        if port.number in taken:
+            raise BulkheadError(
+                f"{name}: ports {taken[port.number]} and {port.name} both have number {port.number}; "
+                "give every port of the bridge with --ports"
+            )
+        taken[port.number] = port.name
+    return BridgeCompiler().compile(state, bridge, ports)
+
+
+def _ordered(compiled: Compiled) -> list[Any]:
+    return sorted(compiled.flows.values(), key=lambda f: (f.table, -f.priority, f.key))
+
+
+def _flow_json(compiled: Compiled, flow: Any, names: Names) -> dict[str, object]:
+    app, name = names.owner(flow.cookie) or ("?", "?")
+    mesh = compiled.bridge.kind is BridgeKind.MESH
+    return {
+        "table": flow.table,
+        "table_name": table_name(flow.table, mesh=mesh),
+        "priority": flow.priority,
+        "app": app,
+        "object": name,
+        "cookie": f"{flow.cookie:#x}",
+        "match": str(flow.match),
+        "actions": flow.actions_text,
+    }
+
+
+def _print_ofctl(compiled: Compiled, names: Names) -> None:
+    click.echo(f"# {compiled.bridge.name}: {len(compiled.flows)} flows")
+    table = None
+    for flow in _ordered(compiled):
+        if flow.table != table:
+            table = flow.table
+            click.echo(f"# {table_name(flow.table, mesh=compiled.bridge.kind is BridgeKind.MESH)}")
+        click.echo(str(flow))
+
+
+@main.command()
+@_file
+@_run_dir
+@_json
+@_command
+def plan(file: Path, run_dir: Path, as_json: bool) -> None:
+    """Show what a state FILE would change in the switches; exit 1 if anything. Changes nothing."""
+    load(file)  # every problem, before asking
+    reply = ask(run_dir, {"ask": "plan", "file": str(file.resolve())})
+    differs = any(bridge["changes"] for bridge in reply["bridges"])
+    if as_json:
+        _print_json(reply)
+    else:
+        for bridge in reply["bridges"]:
+            _print_plan(bridge)
+    if differs:
+        sys.exit(NO)
+
+
+def _print_plan(bridge: dict[str, Any]) -> None:
+    if not bridge["connected"]:
+        click.echo(f"{bridge['bridge']}: not connected")
+        return
+    click.echo(
+        f"{bridge['bridge']}: {bridge['added']} to add, {bridge['changed']} to change, {bridge['deleted']} to delete"
+    )
+    colours = {"+": "green", "~": "yellow", "-": "red"}
+    for change in bridge["changes"]:
+        line = f"  {change['sign']} {change['app']} {change['object']}  {change['flow']}"
+        click.secho(line, fg=colours[change["sign"]])
+
+
+@main.command()
+@_file
+@click.option("--listen", multiple=True, default=["tcp:127.0.0.1:6653"], show_default=True, help="tcp:… or ssl:…")
+@click.option("--private-key", type=click.Path(path_type=Path), help="For ssl: our private key, PEM.")
+@click.option("--certificate", type=click.Path(path_type=Path), help="For ssl: our certificate, PEM.")
+@click.option("--ca-cert", type=click.Path(path_type=Path), help="For ssl: the CA that switches' certificates are of.")
+@click.option("--ovsdb", default=OVSDB, show_default=True, help="Where to read bridges' names and settings; '' to not.")
+@click.option("-v", "--verbose", is_flag=True, help="Log every event to standard error too.")
+@_run_dir
+@_events_dir
+@_command
+def controller(
+    file: Path,
+    listen: tuple[str, ...],
+    private_key: Path | None,
+    certificate: Path | None,
+    ca_cert: Path | None,
+    ovsdb: str,
+    verbose: bool,
+    run_dir: Path,
+    events_dir: Path,
+) -> None:
+    """Run the OpenFlow controller for a state FILE, in the foreground.
+
+    SIGHUP (or a changed FILE) makes it read FILE again; SIGTERM stops it, and the switches keep their flows.
+    """
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    from controller import shell  # here, not above: it chooses the thread hub
+    from controller.listen import Tls, parse
+
+    given = (private_key, certificate, ca_cert)
+    if any(given) and not all(given):
+        raise BulkheadError("--private-key, --certificate and --ca-cert go together; give all three")
+    tls = Tls(private_key, certificate, ca_cert) if private_key and certificate and ca_cert else None
+    addresses = tuple(parse(text, tls) for text in listen)
+    shell.serve(shell.Settings(file, addresses, run_dir, events_dir, ovsdb or None))
+
+
+@main.command()
+@_run_dir
+@_json
+@_command
+def status(run_dir: Path, as_json: bool) -> None:
+    """Show the running controller and its bridges; exit 1 if any is not as declared."""
+    reply = ask(run_dir, {"ask": "status"})
+    good = all(bridge["phase"] == "steady" for bridge in reply["bridges"])
+    if as_json:
+        _print_json(reply)
+    else:
+        _print_status(reply)
+    if not good:
+        sys.exit(NO)
+
+
+def _print_status(reply: dict[str, Any]) -> None:
+    click.echo(
+        f"controller pid {reply['pid']}, up {reply['uptime_s']:.0f} s, {' '.join(reply['listen'])}, "
+        f"state {reply['state']} of {reply['state_file']}"
+    )
+    grid = _grid("BRIDGE", "KIND", "NETWORK", "STATE", "FLOWS", "LEARNED", "FOREIGN", "EGRESS", "MISSING PORTS")
+    for b in reply["bridges"]:
+        if not b["connected"]:
+            grid.add_row(b["name"], b["kind"], b["network"], "away", "", "", "", "", "")
+            continue
+        egress = {None: "", True: "up", False: "DOWN"}[b["egress_up"]]
+        counts = [str(b[key]) for key in ("flows", "learned", "foreign")]
+        grid.add_row(b["name"], b["kind"], b["network"], b["phase"], *counts, egress, " ".join(b["missing_ports"]))
+    _print_grid(grid)
+    if reply["undeclared"]:
+        click.echo(f"connected but not declared: {', '.join(reply['undeclared'])}")
+    if reply["internal_errors"]:
+        click.echo(f"{reply['internal_errors']} internal error(s); see: bulkhead events --kind internal_error")
+
+
+@main.command()
+@click.argument("bridges", nargs=-1)
+@_run_dir
+@_json
+@_command
+def flows(bridges: tuple[str, ...], run_dir: Path, as_json: bool) -> None:
+    """Show the flows that BRIDGES (default: all) hold right now, with table, app and object names."""
+    names = bridges or tuple(b["name"] for b in ask(run_dir, {"ask": "status"})["bridges"] if b["connected"])
+    replies = [ask(run_dir, {"ask": "flows", "bridge": name}) for name in names]
+    if as_json:
+        _print_json({reply["bridge"]: reply["flows"] for reply in replies})
+        return
+    for reply in replies:
+        click.echo(f"{reply['bridge']}: {len(reply['flows'])} flows")
+        grid = _grid("TABLE", "PRIO", "APP", "OBJECT", "PACKETS", "MATCH", "ACTIONS")
+        for f in reply["flows"]:
+            app = f"{f['app']}*" if f["learned"] else f["app"]
+            row = (f["table_name"], str(f["priority"]), app, f["object"], str(f["packets"]), f["match"], f["actions"])
+            grid.add_row(*map(escape, row))
+        _print_grid(grid)
+
+
+@main.command()
+@_events_dir
+@click.option("-f", "--follow", "following", is_flag=True, help="Go on with what happens from now.")
+@click.option("-n", "--last", type=click.IntRange(min=0), help="Only the newest so many (default with --follow: 10).")
+@click.option("--since", help="10m, 2h, 12:30 or 2026-01-01T00:00:00Z.")
+@click.option("--kind", "kinds", multiple=True, type=click.Choice([kind.value for kind in Kind]))
+@click.option("--network", "networks", multiple=True)
+@click.option("--container", "containers", multiple=True)
+@click.option("--bridge", "bridge_names", multiple=True)
+@click.option("--verify", "verifying", is_flag=True, help="Check numbers and hashes; exit 1 if any is wrong.")
+@_json
+@_command
+def events(
+    events_dir: Path,
+    following: bool,
+    last: int | None,
+    since: str | None,
+    kinds: tuple[str, ...],
+    networks: tuple[str, ...],
+    containers: tuple[str, ...],
+    bridge_names: tuple[str, ...],
+    verifying: bool,
+    as_json: bool,
+) -> None:
+    """Show the flow event log."""
+    if verifying:
+        _print_verdict(events_dir, as_json)
+        return
+    try:
+        begin = eventview.parse_since(since) if since else None
+    except ValueError as exc:
+        raise BulkheadError(f"--since: {exc}") from exc
+    wanted = Filter(
+        frozenset(map(Kind, kinds)), frozenset(networks), frozenset(containers), frozenset(bridge_names), begin
+    )
+    colour = sys.stdout.isatty()
+    width = Console().width if colour else None
+
+    def show(record: Record) -> None:
+        text = encode(record).decode() if as_json else eventview.format_record(record, colour, width)
+        click.echo(text.rstrip("\n"))
+
+    if following and last is None and begin is None:
+        last = 10
+    past = (record for record in read(events_dir) if record.is_notice or wanted.accepts(record))
+    seen = 0
+    if events_dir.is_dir() or not following:
+        for record in past if last is None else deque(past, maxlen=last):
+            show(record)
+        seen = last_seq(events_dir)
+    if following:
+        for record in follow(events_dir, since_seq=seen):
+            if record.is_notice or wanted.accepts(record):
+                show(record)
+                sys.stdout.flush()
+
+
+def _print_verdict(events_dir: Path, as_json: bool) -> None:
+    verdict = verify(events_dir)
+    if as_json:
+        _print_json(
+            {
+                "ok": verdict.ok,
+                "first_seq": verdict.first_seq,
+                "last_seq": verdict.last_seq,
+                "count": verdict.count,
+                "problems": [str(finding) for finding in verdict.problems],
+            }
+        )
+    else:
+        for finding in verdict.problems:
+            _say(str(finding))
+        state = "sound" if verdict.ok else "NOT sound"
+        click.echo(f"{events_dir}: {verdict.count} events, {verdict.first_seq} to {verdict.last_seq}, {state}")
+    if not verdict.ok:
+        sys.exit(NO)

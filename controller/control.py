@@ -1,0 +1,118 @@
+"""The control socket: how the command line asks a running controller. One JSON object a line, each way.
+
+A unix socket of mode 600 in the run directory. Server side for the shell, client side for the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from controller.problems import BulkheadError
+
+MAX_QUESTION = 4096
+ANSWER_S = 30.0
+
+LOG = logging.getLogger("bulkhead.control")
+
+Reply = Callable[[dict[str, Any]], None]
+
+
+class ControlSocket:
+    """Binds at once; `serve` answers. Raises `BulkheadError` where a controller serves that socket already."""
+
+    def __init__(self, path: Path, answer: Callable[[dict[str, Any], Reply], None]) -> None:
+        self.path = path
+        self._answer = answer
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._clear()
+            self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            before = os.umask(0o177)
+            try:
+                self._server.bind(str(path))
+            finally:
+                os.umask(before)
+            self._server.listen(16)
+        except OSError as exc:
+            raise BulkheadError(f"cannot make the control socket {path}: {exc.strerror or exc}") from exc
+
+    def _clear(self) -> None:
+        if not self.path.exists():
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(str(self.path))
+            except OSError:
+                self.path.unlink()  # left behind by a controller that was killed
+                return
+        raise BulkheadError(
+            f"a controller is running already on {self.path.parent}; stop it, or give another --run-dir"
+        )
+
+    def serve(self) -> None:
+        """Answer until closed."""
+        from controller import hub
+
+        while True:
+            try:
+                sock, _ = self._server.accept()
+            except OSError:
+                return
+            hub.spawn(self._serve_one, sock)
+
+    def _serve_one(self, sock: socket.socket) -> None:
+        try:
+            sock.settimeout(ANSWER_S)
+            line = sock.makefile("rb").readline(MAX_QUESTION)
+            question = json.loads(line)
+            if not isinstance(question, dict):
+                raise ValueError("not an object")
+        except (OSError, ValueError) as exc:
+            _send(sock, {"error": f"a question is one JSON object on a line: {exc}"})
+            return
+        self._answer(question, lambda reply: _send(sock, reply))
+
+    def close(self) -> None:
+        """Stop answering and take the socket away."""
+        self._server.close()
+        self.path.unlink(missing_ok=True)
+
+
+def _send(sock: socket.socket, reply: dict[str, Any]) -> None:
+    try:
+        sock.sendall(json.dumps(reply).encode() + b"\n")
+    except OSError as exc:
+        LOG.info("the asker went away: %s", exc)
+    finally:
+        sock.close()
+
+
+def ask(run_dir: Path, question: dict[str, Any], timeout_s: float = ANSWER_S) -> dict[str, Any]:
+    """Ask the controller of `run_dir`. Raises `BulkheadError` where there is none, or it says no."""
+    path = run_dir / "controller.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(timeout_s)
+        try:
+            sock.connect(str(path))
+            sock.sendall(json.dumps(question).encode() + b"\n")
+            line = sock.makefile("rb").readline()
+        except OSError as exc:
+            raise BulkheadError(
+                f"no controller answers on {path} ({exc.strerror or exc}). Start one with: bulkhead controller FILE, "
+                "or name its directory with --run-dir"
+            ) from exc
+    try:
+        reply = json.loads(line)
+    except ValueError as exc:
+        raise BulkheadError(f"the controller on {path} ended while answering; ask again") from exc
+    if not isinstance(reply, dict):
+        raise BulkheadError(f"the controller on {path} answered something else than an object")
+    if "error" in reply:
+        raise BulkheadError(str(reply["error"]))
+    return reply

@@ -1,0 +1,566 @@
+"""The controller without I/O: signals in, effects out, time as an argument.
+
+`Core.handle(signal, now)` is the whole interface; it never raises for anything a switch or a file can contain. It
+knows the desired state, one `Reconciler` and one `Offenders` per connected switch, and puts what happens into events.
+Imports everything below the shell, and neither os-ken's controller nor any clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from apps.packet_in import QUIET_S
+from controller import diff, fields, packets
+from controller.codec import FlowStats, FlowUpdate, PacketIn, Reason, Update
+from controller.compile import BridgeCompiler, Compiled, Conflict, Names, planned_ports, undeclared
+from controller.events import JSON, Event, Kind
+from controller.flow import Flow, is_learned
+from controller.frame import LOCAL_NAME, Port
+from controller.model import Bridge, BridgeKind, DesiredState, Ipv4, Network
+from controller.offenders import Offenders, Report
+from controller.pipeline import Violation, table_name
+from controller.reconcile import Applied, Changed, Phase, Reconciler
+from controller.signals import (
+    AddFlow,
+    BridgeFacts,
+    Committed,
+    Count,
+    Counted,
+    Dumped,
+    Effect,
+    EgressHealth,
+    FactsSeen,
+    FlowGone,
+    FlowsChanged,
+    Log,
+    PacketSeen,
+    PortChanged,
+    Refused,
+    SendPacket,
+    Signal,
+    StateLoaded,
+    StateRejected,
+    SwitchDown,
+    SwitchError,
+    SwitchUp,
+    Tick,
+)
+
+REFUSED_KINDS = {Violation.CROSSING, Violation.NO_EGRESS}
+"""Violations that are answered where the network says so: the sender is known to be who it claims."""
+
+Effects = list[Effect]
+
+
+@dataclass(slots=True)
+class Switch:
+    """One connected switch: which bridge it is (None: nobody declared it), its ports, and the state of its flows."""
+
+    dpid: int
+    name: str
+    bridge: Bridge | None
+    ports: dict[str, Port]
+    flows: Reconciler
+    compiler: BridgeCompiler
+    offenders: Offenders = field(default_factory=Offenders)
+    egress_up: bool | None = None
+    missing: tuple[str, ...] = ()
+
+    def port_name(self, number: int) -> str:
+        """The name of a port, or its number where there is none of that number (any more)."""
+        for port in self.ports.values():
+            if port.number == number:
+                return port.name
+        return f"port {number}"
+
+
+class Core:
+    """All that the controller decides."""
+
+    def __init__(self, state: DesiredState) -> None:
+        self.state = state
+        self.names = Names([state])
+        self.switches: dict[int, Switch] = {}
+        self.facts: dict[str, BridgeFacts] = {}
+        self._warned: set[tuple[str, str]] = set()
+        self._unhealthy: set[str] = set()
+        self._known: set[int] = set()
+        self._handlers: dict[type, Callable[..., Effects]] = {
+            SwitchUp: self._switch_up,
+            SwitchDown: self._switch_down,
+            Dumped: self._dumped,
+            Committed: self._committed,
+            Refused: self._refused,
+            PortChanged: self._port_changed,
+            FlowsChanged: self._flows_changed,
+            FlowGone: self._flow_gone,
+            PacketSeen: self._packet_seen,
+            Counted: self._counted,
+            StateLoaded: self._state_loaded,
+            StateRejected: self._state_rejected,
+            FactsSeen: self._facts_seen,
+            EgressHealth: self._egress_health,
+            SwitchError: self._switch_error,
+            Tick: self._tick,
+        }
+
+    def handle(self, signal: Signal, now: float) -> Effects:
+        """What to do about `signal` at `now` (seconds of a monotonic clock)."""
+        return self._handlers[type(signal)](signal, now)
+
+    # ------------------------------------------------------------------------------------------------------ switches
+
+    def _switch_up(self, up: SwitchUp, now: float) -> Effects:
+        fact = next((fact for fact in self.facts.values() if fact.dpid == up.dpid), None)
+        name = fact.name if fact else up.local_name
+        bridge, trouble = self._recognise(up.dpid, name)
+        ports = {port.name: port for port in up.ports if port.name != up.local_name}
+        for port in up.ports:
+            if port.number == fields.LOCAL:
+                ports[LOCAL_NAME] = Port(port.number, LOCAL_NAME, port.mac, port.up)
+        compiler = BridgeCompiler()
+        switch = Switch(up.dpid, name, bridge, ports, Reconciler(up.dpid, undeclared(name)), compiler)
+        switch.flows.was_ours = up.dpid in self._known
+        self._known.add(up.dpid)
+        self.switches[up.dpid] = switch
+        out: Effects = [
+            self._log(
+                Kind.SWITCH_UP, f"{name} connected with {len(up.ports)} ports", switch, data={"dpid": _dpid(up.dpid)}
+            )
+        ]
+        if trouble:
+            out.append(self._log(Kind.UNKNOWN_BRIDGE, trouble, switch, data={"dpid": _dpid(up.dpid)}))
+        out += self._warnings()
+        out += self._note_egress(switch)
+        switch.flows.desired = self._compile(switch)
+        return out + switch.flows.start()
+
+    def _recognise(self, dpid: int, name: str) -> tuple[Bridge | None, str]:
+        for bridge in self.state.bridges:
+            if bridge.datapath_id == dpid:
+                return bridge, ""
+        found = self.state.bridge(name)
+        if found is None:
+            return None, (
+                f"{name} is not declared in the state file: what no flow of somebody else's forwards there is dropped. "
+                f"Declare it under `bridges`, or take it off this controller: ovs-vsctl del-controller {name}"
+            )
+        if found.datapath_id is not None:
+            return None, (
+                f"{name} has datapath-id {_dpid(dpid)}, but {_dpid(found.datapath_id)} is declared; it is treated as "
+                f"unknown. Mend it: ovs-vsctl set bridge {name} other-config:datapath-id={_dpid(found.datapath_id)}"
+            )
+        if any(s.bridge == found for s in self.switches.values()):
+            return None, f"a second switch claims to be {name}; it is treated as unknown"
+        return found, ""
+
+    def _switch_down(self, down: SwitchDown, now: float) -> Effects:
+        switch = self.switches.pop(down.dpid, None)
+        if switch is None:
+            return []
+        text = f"{switch.name} disconnected; its flows stay in force as long as ovs-vswitchd runs"
+        return [self._log(Kind.SWITCH_DOWN, text, switch)]
+
+    def _facts_seen(self, seen: FactsSeen, now: float) -> Effects:
+        self.facts = {fact.name: fact for fact in seen.bridges}
+        return self._warnings()
+
+    def _warnings(self) -> Effects:
+        out: Effects = []
+        for name in sorted({switch.name for switch in self.switches.values()} & set(self.facts)):
+            fact = self.facts[name]
+            problems = {
+                "fail-mode": fact.fail_mode != "secure"
+                and f"{name} has fail mode {fact.fail_mode or 'standalone (the default)'}: without a controller it would "
+                f"become a plain switch. Mend it: ovs-vsctl set-fail-mode {name} secure",
+                "in-band": fact.in_band
+                and f"{name} lets in-band control add hidden flows above every policy. Mend it: "
+                f"ovs-vsctl set bridge {name} other-config:disable-in-band=true",
+            }
+            for what, text in problems.items():
+                if not text:
+                    self._warned.discard((name, what))
+                elif (name, what) not in self._warned:
+                    self._warned.add((name, what))
+                    out.append(self._log(Kind.SWITCH_WARNING, text, self._by_name(name), data={"problem": what}))
+        return out
+
+    def _by_name(self, name: str) -> Switch | None:
+        return next((switch for switch in self.switches.values() if switch.name == name), None)
+
+    def _switch_error(self, error: SwitchError, now: float) -> Effects:
+        return [self._log(Kind.OPENFLOW_ERROR, error.text, self.switches.get(error.dpid))]
+
+    # --------------------------------------------------------------------------------------------------------- state
+
+    def _compile(self, switch: Switch) -> Compiled:
+        if switch.bridge is None:
+            return undeclared(switch.name)
+        compiled = switch.compiler.compile(self.state, switch.bridge, switch.ports, switch.egress_up is not False)
+        switch.missing = compiled.missing
+        return compiled
+
+    def _state_loaded(self, loaded: StateLoaded, now: float) -> Effects:
+        try:
+            for bridge in loaded.state.bridges:
+                BridgeCompiler().compile(loaded.state, bridge, planned_ports(loaded.state, bridge))
+        except Conflict as exc:
+            return [self._log(Kind.STATE_REJECTED, f"{loaded.source}: {exc}. The old state stays in force", None)]
+        self.names = Names([self.state, loaded.state])  # what is still installed is named too
+        self.state = loaded.state
+        out: Effects = []
+        for switch in self.switches.values():
+            before = switch.bridge
+            known = any(s is not switch and s.bridge and s.bridge.name == switch.name for s in self.switches.values())
+            switch.bridge = None
+            if not known:
+                switch.bridge, _ = self._recognise(switch.dpid, switch.name)
+            if switch.bridge != before:
+                switch.compiler = BridgeCompiler()
+            out += self._note_egress(switch)
+            out += self._want(switch, now)
+        return out
+
+    def _state_rejected(self, rejected: StateRejected, now: float) -> Effects:
+        first = "; ".join(str(p) for p in rejected.problems[:3])
+        more = f" (and {len(rejected.problems) - 3} more)" if len(rejected.problems) > 3 else ""
+        text = f"{rejected.source} was refused, the old state stays in force: {first}{more}"
+        problems = [p.as_dict() for p in rejected.problems[:20]]
+        return [self._log(Kind.STATE_REJECTED, text, None, data={"problems": problems})]
+
+    def _want(self, switch: Switch, now: float) -> Effects:
+        desired = self._compile(switch)
+        effects, applied = switch.flows.want(desired, now)
+        return [*effects, *self._say_applied(switch, applied)]
+
+    # --------------------------------------------------------------------------------------------------------- flows
+
+    def _dumped(self, dumped: Dumped, now: float) -> Effects:
+        switch = self.switches.get(dumped.dpid)
+        if switch is None:
+            return []
+        switch.offenders.adopt(dumped.flows)
+        effects, applied = switch.flows.dumped(dumped.flows, now)
+        out = self._say_applied(switch, applied)
+        out += [self._say_foreign(switch, flow, "was there already") for flow in switch.flows.foreign]
+        return out + effects
+
+    def _committed(self, committed: Committed, now: float) -> Effects:
+        switch = self.switches.get(committed.dpid)
+        if switch is None:
+            return []
+        effects, applied = switch.flows.committed(committed.token, now)
+        return self._say_applied(switch, applied) + effects
+
+    def _refused(self, refused: Refused, now: float) -> Effects:
+        switch = self.switches.get(refused.dpid)
+        if switch is None:
+            return []
+        text = f"{switch.name} refused the change: {refused.why}. Nothing of it is in force; it is tried again"
+        return [self._log(Kind.OPENFLOW_ERROR, text, switch), *switch.flows.refused(refused.token, now)]
+
+    def _say_applied(self, switch: Switch, applied: Applied | None) -> Effects:
+        if applied is None:
+            return []
+        counts = applied.plan.counts
+        words = ", ".join(f"{number} {what}" for what, number in counts.items()) if applied.plan else "nothing changed"
+        data: dict[str, JSON] = {**counts, "adopted": applied.adopted, "state": self.state.digest}
+        if applied.repair:
+            return [self._log(Kind.DRIFT_REPAIRED, f"{switch.name} is as declared again: {words}", switch, data=data)]
+        if applied.lost_all:
+            text = f"{switch.name} came back without its flows (ovs-vswitchd was restarted): {words}"
+            data["restarted"] = True
+        elif applied.first:
+            text = f"{switch.name} adopted with {applied.adopted} flows of ours: {words}"
+        else:
+            text = f"{switch.name} is as declared: {words}"
+        return [self._log(Kind.STATE_APPLIED, text, switch, data=data)]
+
+    def _flows_changed(self, changed: FlowsChanged, now: float) -> Effects:
+        switch = self.switches.get(changed.dpid)
+        if switch is None:
+            return []
+        effects, news = switch.flows.updated(changed.updates, now)
+        return self._say_changed(switch, news) + effects
+
+    def _say_changed(self, switch: Switch, news: Changed) -> Effects:
+        out: Effects = []
+        for update in news.learned:
+            if update.flow is not None:
+                out.append(self._say_path(switch, update.flow, update))
+        for update in news.foreign:
+            if update.flow is not None:
+                what = {Update.REMOVED: "was removed", Update.MODIFIED: "was changed"}.get(update.event, "was added")
+                out.append(self._say_foreign(switch, update.flow, what))
+        for update in news.tampered:
+            if update.flow is not None:
+                did = {Update.REMOVED: "removed", Update.MODIFIED: "changed"}.get(update.event, "added")
+                text = f"somebody else {did} a flow of ours on {switch.name}; it is put right"
+                out.append(self._log(Kind.TAMPERING, text, switch, flow=update.flow))
+        return out
+
+    def _say_foreign(self, switch: Switch, flow: Flow, what: str) -> Log:
+        text = (
+            f"a flow that is not ours {what} on {switch.name}; it is left alone. If it should not be there: "
+            f"ovs-ofctl -O OpenFlow14 del-flows {switch.name} 'cookie={flow.cookie:#x}/-1,table={flow.table}'"
+        )
+        return self._log(Kind.FOREIGN_FLOW, text, switch, flow=flow)
+
+    def _say_path(self, switch: Switch, flow: Flow, update: FlowUpdate) -> Log:
+        target = flow.match.get(fields.IPV4_DST)
+        address = Ipv4(target[0]) if target else None
+        if update.event is Update.REMOVED:
+            why = {int(Reason.IDLE): "idle", int(Reason.HARD): "its time was up"}.get(update.reason, "deleted")
+            return self._log(Kind.PATH_EXPIRED, f"return path to {address} ended: {why}", switch, flow=flow)
+        return self._log(Kind.PATH_LEARNED, f"return path to {address} learned", switch, flow=flow)
+
+    # --------------------------------------------------------------------------------------------------------- ports
+
+    def _port_changed(self, changed: PortChanged, now: float) -> Effects:
+        switch = self.switches.get(changed.dpid)
+        if switch is None:
+            return []
+        port = changed.port
+        name = LOCAL_NAME if port.number == fields.LOCAL else port.name
+        before = switch.ports.get(name)
+        if changed.gone:
+            # A new port of that name may have come under another number before the old one's end was told.
+            if before is not None and before.number == port.number:
+                del switch.ports[name]
+            elif before is not None:
+                return []
+        else:
+            switch.ports[name] = Port(port.number, name, port.mac, port.up)
+        was_up, is_up = bool(before and before.up), not changed.gone and port.up
+        out: Effects = []
+        if was_up != is_up or (before is None and not changed.gone):
+            kind = Kind.PORT_UP if is_up else Kind.PORT_DOWN
+            what = "gone" if changed.gone else "up" if is_up else "down"
+            out.append(self._log(kind, f"port {name} of {switch.name} is {what}", switch, port=name))
+        return out + self._note_egress(switch) + self._want(switch, now)
+
+    def _egress_health(self, health: EgressHealth, now: float) -> Effects:
+        (self._unhealthy.discard if health.healthy else self._unhealthy.add)(health.network)
+        out: Effects = []
+        for switch in self.switches.values():
+            if switch.bridge is not None and switch.bridge.network == health.network:
+                out += self._note_egress(switch) + self._want(switch, now)
+        return out
+
+    def _note_egress(self, switch: Switch) -> Effects:
+        network = self._network(switch)
+        if network is None or network.egress is None or switch.bridge is None:
+            return []
+        if switch.bridge.kind is not BridgeKind.SOCKET:
+            return []
+        port = switch.ports.get(network.egress.port)
+        up = port is not None and port.up and network.name not in self._unhealthy
+        if up == switch.egress_up:
+            return []
+        switch.egress_up = up
+        name = network.egress.port
+        if up:
+            return [self._log(Kind.EGRESS_UP, f"{network.name} leaves through {name}", switch, port=name)]
+        why = "is not there" if port is None else "is down" if not port.up else "does not carry traffic"
+        text = f"{network.name} cannot leave: {name} {why}. Its traffic to the world drops until that is mended"
+        return [self._log(Kind.EGRESS_DOWN, text, switch, port=name)]
+
+    # ---------------------------------------------------------------------------------------------------- violations
+
+    def _packet_seen(self, seen: PacketSeen, now: float) -> Effects:
+        switch = self.switches.get(seen.dpid)
+        if switch is None:
+            return []
+        found = switch.offenders.seen(seen.packet, now)
+        if found is None:
+            return []
+        port, kind, quieter = found
+        out: Effects = []
+        if kind in REFUSED_KINDS:
+            out += self._refuse(switch, port, seen.packet)
+        if quieter is not None:
+            out.append(AddFlow(seen.dpid, quieter))
+            text = f"{switch.port_name(port)} {kind.words} so often that it is dropped unseen for {QUIET_S} s; it is counted"
+            out.append(
+                self._log(
+                    Kind.VIOLATION_QUIETED, text, switch, port=switch.port_name(port), data={"kind": kind.name.lower()}
+                )
+            )
+        if switch.offenders.due(now):
+            out.append(Count(seen.dpid))
+        return out
+
+    def _refuse(self, switch: Switch, port: int, packet: PacketIn) -> Effects:
+        network = self._network(switch)
+        if network is None or not network.refuse:
+            return []
+        try:
+            answer = packets.refusal(packet.data, network.gateway)
+        except packets.Unreadable:
+            switch.offenders.unreadable += 1
+            return []
+        return [SendPacket(switch.dpid, port, answer)] if answer else []
+
+    def _counted(self, counted: Counted, now: float) -> Effects:
+        switch = self.switches.get(counted.dpid)
+        if switch is None:
+            return []
+        return [self._say_violation(switch, report) for report in switch.offenders.counted(counted.flows, now)]
+
+    def _say_violation(self, switch: Switch, report: Report) -> Log:
+        name = switch.port_name(report.port)
+        kinds = [kind.name.lower() for kind, _ in report.samples]
+        words = " and ".join(kind.words for kind, _ in report.samples) or "went on"
+        sample = None
+        for _, shown in report.samples[:1]:
+            try:
+                sample = packets.read(shown).words
+            except packets.Unreadable as exc:
+                switch.offenders.unreadable += 1
+                sample = str(exc)
+        who = self._container(switch, name)
+        text = f"{who or name} {words}: {report.count} packet{'s' if report.count != 1 else ''}"
+        data: dict[str, JSON] = {"count": report.count, "total": report.total, "kinds": kinds, "port": name}
+        return self._log(Kind.VIOLATION, text, switch, port=name, packet=sample, data=data)
+
+    def _flow_gone(self, gone: FlowGone, now: float) -> Effects:
+        switch = self.switches.get(gone.dpid)
+        if switch is not None:
+            switch.offenders.gone(gone.removed)
+        return []
+
+    def _tick(self, tick: Tick, now: float) -> Effects:
+        out: Effects = []
+        for switch in self.switches.values():
+            effects, applied = switch.flows.tick(now)
+            out += effects + self._say_applied(switch, applied)
+            if switch.flows.phase is not Phase.DUMPING and switch.offenders.due(now):
+                out.append(Count(switch.dpid))
+        return out
+
+    # ---------------------------------------------------------------------------------------------------------- words
+
+    def _network(self, switch: Switch) -> Network | None:
+        if switch.bridge is None:
+            return None
+        try:
+            return self.state.network(switch.bridge.network)
+        except KeyError:
+            return None
+
+    def _container(self, switch: Switch, port: str) -> str | None:
+        network = self._network(switch)
+        return next((m.name for m in network.members if m.port == port), None) if network else None
+
+    def _log(
+        self,
+        kind: Kind,
+        text: str,
+        switch: Switch | None,
+        *,
+        flow: Flow | None = None,
+        port: str | None = None,
+        packet: str | None = None,
+        data: dict[str, JSON] | None = None,
+    ) -> Log:
+        owner = self.names.owner(flow.cookie) if flow is not None else None
+        network = self._network(switch) if switch else None
+        return Log(
+            Event(
+                kind,
+                text,
+                bridge=switch.name if switch else None,
+                network=network.name if network else None,
+                app=owner[0] if owner else None,
+                object=owner[1] if owner else port,
+                container=self._container(switch, port) if switch and port else None,
+                flow=flow_words(flow, switch) if flow is not None else None,
+                packet=packet,
+                data=data or {},
+            )
+        )
+
+    # --------------------------------------------------------------------------------------------------------- status
+
+    def status(self) -> dict[str, JSON]:
+        """Everything `bulkhead status` shows, as JSON values."""
+        return {
+            "state": self.state.digest,
+            "networks": [network.name for network in self.state.networks],
+            "bridges": [self._bridge_status(bridge) for bridge in self.state.bridges],
+            "undeclared": [s.name for s in self.switches.values() if s.bridge is None],
+        }
+
+    def _bridge_status(self, bridge: Bridge) -> dict[str, JSON]:
+        switch = next((s for s in self.switches.values() if s.bridge == bridge), None)
+        out: dict[str, JSON] = {"name": bridge.name, "kind": bridge.kind, "network": bridge.network}
+        if switch is None:
+            return {**out, "connected": False, "phase": "away"}
+        return {
+            **out,
+            "connected": True,
+            "dpid": _dpid(switch.dpid),
+            "phase": switch.flows.phase.name.lower(),
+            "flows": len(switch.flows.desired.flows),
+            "learned": len(switch.flows.learned),
+            "foreign": len(switch.flows.foreign),
+            "egress_up": switch.egress_up,
+            "missing_ports": list(switch.missing),
+            "unreadable": switch.offenders.unreadable,
+            "ports": [
+                {"name": p.name, "number": p.number, "up": p.up, "container": self._container(switch, p.name)}
+                for p in sorted(switch.ports.values(), key=lambda p: p.number)
+            ],
+        }
+
+    def plan(self, state: DesiredState) -> list[dict[str, JSON]]:
+        """What another state would change on the connected bridges, for `bulkhead plan`. Changes nothing.
+
+        Raises `Conflict`.
+        """
+        names = Names([self.state, state])
+        out: list[dict[str, JSON]] = []
+        for bridge in state.bridges:
+            switch = next((s for s in self.switches.values() if s.name == bridge.name), None)
+            if switch is None:
+                out.append({"bridge": bridge.name, "connected": False, "changes": []})
+                continue
+            compiled = BridgeCompiler().compile(state, bridge, switch.ports, switch.egress_up is not False)
+            todo = diff.plan(compiled.flows, switch.flows.installed)
+            changes: list[JSON] = []
+            for sign, flows in (("+", todo.add), ("~", todo.change), ("-", todo.delete)):
+                for flow in flows:
+                    app, name = names.owner(flow.cookie) or ("foreign", "?")
+                    changes.append({"sign": sign, "app": app, "object": name, "flow": flow_words(flow, switch)})
+            out.append({"bridge": bridge.name, "connected": True, **todo.counts, "changes": changes})
+        return out
+
+    def flow_row(self, switch: Switch, stats: FlowStats) -> dict[str, JSON]:
+        """One installed flow as `bulkhead flows` shows it."""
+        flow = stats.flow
+        mesh = switch.bridge is not None and switch.bridge.kind is BridgeKind.MESH
+        app, name = self.names.owner(flow.cookie) or ("foreign", f"cookie {flow.cookie:#x}")
+        return {
+            "table": flow.table,
+            "table_name": table_name(flow.table, mesh=mesh),
+            "priority": flow.priority,
+            "app": app,
+            "object": name,
+            "packets": stats.packets,
+            "bytes": stats.octets,
+            "age_s": round(stats.age_s, 1),
+            "match": str(flow.match),
+            "actions": flow.actions_text,
+            "learned": is_learned(flow.cookie),
+        }
+
+
+def flow_words(flow: Flow, switch: Switch | None) -> str:
+    """A flow with the name of its table, in ovs-ofctl syntax otherwise."""
+    mesh = bool(switch and switch.bridge and switch.bridge.kind is BridgeKind.MESH)
+    return f"{table_name(flow.table, mesh=mesh)}: {flow}"
+
+
+def _dpid(dpid: int) -> str:
+    return f"{dpid:016x}"
