@@ -34,7 +34,22 @@ def run(*command: str, env: dict[str, str] | None = None, stdin: str | None = No
     return done.stdout
 
 
-class Namespace:
+class Here:
+    """The network namespace this process is in already; the lab's, where the whole lab was started inside one."""
+
+    def command(self, *command: str) -> list[str]:
+        """The command line that runs `command` inside."""
+        return list(command)
+
+    def run(self, *command: str, stdin: str | None = None, timeout_s: float = 60) -> str:
+        """Run a command inside and answer what it printed."""
+        return run(*self.command(*command), stdin=stdin, timeout_s=timeout_s)
+
+    def close(self) -> None:
+        """Nothing to end: it was not made here."""
+
+
+class Namespace(Here):
     """A network namespace that lives as long as a sleeping process in it, so that it needs no name and no mount."""
 
     def __init__(self) -> None:
@@ -62,10 +77,6 @@ class Namespace:
         """The command line that runs `command` inside."""
         return ["nsenter", f"--net=/proc/{self.pid}/ns/net", *command]
 
-    def run(self, *command: str, stdin: str | None = None, timeout_s: float = 60) -> str:
-        """Run a command inside and answer what it printed."""
-        return run(*self.command(*command), stdin=stdin, timeout_s=timeout_s)
-
     def close(self) -> None:
         """End it. Interfaces in it go with it."""
         if self._holder.poll() is None:
@@ -79,7 +90,7 @@ class PrivateOvs:
     `datapath` is the type of every bridge made: `netdev` carries real packets, `dummy` only traced ones.
     """
 
-    def __init__(self, directory: Path | None = None, *, datapath: str = "netdev", namespace: Namespace | None = None):
+    def __init__(self, directory: Path | None = None, *, datapath: str = "netdev", namespace: Here | None = None):
         self.directory = directory or Path(tempfile.mkdtemp(prefix="bulkhead-ovs-"))
         self._own_directory = directory is None
         self.datapath = datapath
