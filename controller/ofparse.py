@@ -307,8 +307,8 @@ def _unsupported_key(key: str) -> _Refused:
             "unsupported", f"a flow without {key}", fix or f"The stages leave no room for {key}; remove it."
         )
     known = [*_SHORTHANDS, *_NAMES, *_TRANSPORT, "in_port", "priority", "nw_tos"]
-    close = difflib.get_close_matches(key[:40], known, n=1)
-    fix = f"Did you mean {close[0]}?" if close else "Remove it."
+    close = difflib.get_close_matches(key[:40], known, n=2)
+    fix = f"Did you mean {' or '.join(close)}?" if close else "Remove it."
     return _Refused("bad-flow", f"a field OpenFlow has, not {key[:40]!r}", fix)
 
 

@@ -378,7 +378,7 @@ class _Socket:
 
     def _actions(self, at: _Candidate, outputs: Sequence[str], named: Sequence[str]) -> bool:
         fit = True
-        bad = [action.text for action in at.flow.actions if action.kind not in ("output", "drop", "learn")]
+        bad = [act.text for act in at.flow.actions if act.kind not in ("drop", "learn") and act.port is None]
         bad += [f"output:{port}" for port in outputs if _is_reserved(port) and port.lower() not in FLOODS]
         for text in dict.fromkeys(bad):
             fix = (
@@ -497,7 +497,7 @@ class _Socket:
             fix = f"{local.name} is behind {local.port}, not across the mesh; remove it or mend the address."
             self.notes.error(at, "redirect", "an address of another node", fix)
             return
-        stolen = self._stolen(at.flow.match, None)
+        stolen = self._stolen(at.flow, None)
         if stolen:
             fix = f"It takes what is meant for {_some(stolen)}; add nw_dst."
             self.notes.warn(at, "hijack", "addresses of other nodes", fix)
@@ -529,7 +529,7 @@ class _Socket:
             self._rule(at, rank, match, output)
 
     def _narrowed(self, at: _Candidate, address: Ipv4, member: Member | None, done: bool) -> None:
-        stolen = self._stolen(at.flow.match, member)
+        stolen = self._stolen(at.flow, member)
         outcome = (
             f"Delivered to {address} already, as a declared service or the VPN; no rule is made."
             if done
@@ -560,12 +560,13 @@ class _Socket:
         ]
         return exact or list(self.offers)
 
-    def _stolen(self, match: MatchItems, receiver_: Member | None) -> list[str]:
+    def _stolen(self, flow: LiteralFlow, taker: Member | None) -> list[str]:
         """What others offer that packets of this match are meant for, as text; a few more than are shown."""
         found: list[str] = []
-        for key in self._keys_of(match):
+        for key in self._keys_of(flow.match):
             for offer in self.offers.get(key, ()):
-                if offer.member is not receiver_ and _meet(match, _offer_match(offer)):
+                other = offer.member is not taker and offer.member.port != flow.in_port
+                if other and _meet(flow.match, _offer_match(offer)):
                     found.append(str(offer))
                 if len(found) > _SHOWN:
                     return found
