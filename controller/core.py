@@ -202,25 +202,39 @@ class Core:
         return compiled
 
     def _state_loaded(self, loaded: StateLoaded, now: float) -> Effects:
-        try:
-            for bridge in loaded.state.bridges:
-                BridgeCompiler().compile(loaded.state, bridge, planned_ports(loaded.state, bridge))
-        except Conflict as exc:
-            return [self._log(Kind.STATE_REJECTED, f"{loaded.source}: {exc}. The old state stays in force", None)]
-        self.names = Names([self.state, loaded.state])  # what is still installed is named too
+        """All or nothing: every bridge compiles with the new state, or the old one stays for all of them."""
+        old, before = self.state, {s.dpid: (s.bridge, s.egress_up) for s in self.switches.values()}
         self.state = loaded.state
         out: Effects = []
-        for switch in self.switches.values():
-            before = switch.bridge
-            known = any(s is not switch and s.bridge and s.bridge.name == switch.name for s in self.switches.values())
-            switch.bridge = None
-            if not known:
-                switch.bridge, _ = self._recognise(switch.dpid, switch.name)
-            if switch.bridge != before:
-                switch.compiler = BridgeCompiler()
-            out += self._note_egress(switch)
-            out += self._want(switch, now)
+        try:
+            desired = self._compile_all(out)
+        except Conflict as exc:
+            self.state = old
+            for dpid, (bridge, egress_up) in before.items():
+                self.switches[dpid].bridge, self.switches[dpid].egress_up = bridge, egress_up
+            return [self._log(Kind.STATE_REJECTED, f"{loaded.source}: {exc}. The old state stays in force", None)]
+        self.names = Names([old, loaded.state])  # what is still installed is named too
+        for dpid, compiled in desired.items():
+            switch = self.switches[dpid]
+            effects, applied = switch.flows.want(compiled, now)
+            if not effects and applied is None and switch.flows.phase is Phase.STEADY:
+                applied = switch.flows.unchanged()
+            out += [*effects, *self._say_applied(switch, applied)]
         return out
+
+    def _compile_all(self, out: Effects) -> dict[int, Compiled]:
+        """Recognise and compile every connected switch anew, and every other bridge for a trial. Raises `Conflict`."""
+        for switch in self.switches.values():
+            switch.bridge = None
+        for switch in self.switches.values():
+            switch.bridge, _ = self._recognise(switch.dpid, switch.name)
+            out += self._note_egress(switch)
+        desired = {switch.dpid: self._compile(switch) for switch in self.switches.values()}
+        there = {switch.bridge for switch in self.switches.values()}
+        for bridge in self.state.bridges:
+            if bridge not in there:
+                BridgeCompiler().compile(self.state, bridge, planned_ports(self.state, bridge))
+        return desired
 
     def _state_rejected(self, rejected: StateRejected, now: float) -> Effects:
         first = "; ".join(str(p) for p in rejected.problems[:3])
@@ -266,10 +280,11 @@ class Core:
         counts = applied.plan.counts
         words = ", ".join(f"{number} {what}" for what, number in counts.items()) if applied.plan else "nothing changed"
         data: dict[str, JSON] = {**counts, "adopted": applied.adopted, "state": self.state.digest}
+        data["took_ms"] = round(1000 * applied.took_s, 3)
         if applied.repair:
             return [self._log(Kind.DRIFT_REPAIRED, f"{switch.name} is as declared again: {words}", switch, data=data)]
         if applied.lost_all:
-            text = f"{switch.name} came back without its flows (ovs-vswitchd was restarted): {words}"
+            text = f"{switch.name} came back without its flows (ovs-vswitchd was restarted, or they were deleted): {words}"
             data["restarted"] = True
         elif applied.first:
             text = f"{switch.name} adopted with {applied.adopted} flows of ours: {words}"

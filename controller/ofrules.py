@@ -636,8 +636,8 @@ class _Index:
         self._needs: dict[tuple[int, int], int] = {}
         self._count = 0
 
-    def add(self, in_port: str | None, match: MatchItems) -> Iterator[int]:
-        """Add a cube; the numbers (in order of adding, from 0) of the earlier ones that it meets."""
+    def add(self, in_port: str | None, match: MatchItems) -> int:
+        """Add a cube; the earlier ones that it meets as a set of bits, one for each in order of adding."""
         wants: list[tuple[int, int]] = []
         if in_port is not None:
             number = self._ports.setdefault(in_port, len(self._ports))
@@ -651,7 +651,7 @@ class _Index:
             met &= ~self._needs.get((bit, 1 - wanted), 0)
             self._needs[bit, wanted] = self._needs.get((bit, wanted), 0) | mark
         self._count += 1
-        return _bits(met)
+        return met
 
 
 def _bits(number: int) -> Iterator[int]:
@@ -664,23 +664,20 @@ def _bits(number: int) -> Iterator[int]:
 
 def _overlaps(notes: _Notes, candidates: Sequence[_Candidate], skip: frozenset[tuple[str, str]]) -> None:
     """Warn of flows of one priority that a packet can match both of, and that differ in what they do."""
-    groups: dict[int, tuple[_Index, list[_Candidate]]] = {}
+    groups: dict[int, tuple[_Index, list[_Candidate], dict[tuple[str, ...], int]]] = {}
     for at in candidates:
-        index, earlier = groups.setdefault(at.flow.priority, (_Index(), []))
-        does = _does(at.flow)
-        others = (earlier[number] for number in index.add(at.flow.in_port, at.flow.match))
-        differing = (other for other in others if _does(other.flow) != does and (other.path, at.path) not in skip)
-        met = list(islice(differing, _SHOWN + 1))
+        index, earlier, alike = groups.setdefault(at.flow.priority, (_Index(), [], {}))
+        does = tuple(action.text for action in at.flow.actions if action.kind != "drop")
+        differing = index.add(at.flow.in_port, at.flow.match) & ~alike.get(does, 0)
+        alike[does] = alike.get(does, 0) | 1 << len(earlier)
+        others = (earlier[number] for number in _bits(differing))
+        met = list(islice((other for other in others if (other.path, at.path) not in skip), _SHOWN + 1))
         earlier.append(at)
         if met:
             which = _some([f"{other.path} ({_quote(other.flow.text)})" for other in met])
             fix = f"Priority {at.flow.priority} is also that of {which}, and a packet can match both: which wins is"
             fix += " undefined. Give them different priorities."
             notes.warn(at, "overlap", "one flow of that priority for a packet", fix)
-
-
-def _does(flow: LiteralFlow) -> tuple[str, ...]:
-    return tuple(action.text for action in flow.actions if action.kind != "drop")
 
 
 def _settle(
@@ -695,13 +692,14 @@ def _settle(
     groups: dict[int, tuple[_Index, list[Rule]]] = {}
     for rule in rules.values():
         index, earlier = groups.setdefault(rule.rank, (_Index(), []))
-        for number in index.add(rule.in_port, rule.match):
+        for number in _bits(index.add(rule.in_port, rule.match)):
             other = earlier[number]
-            if other.path in dropped or rule.path in dropped:
+            if other.path in dropped:
                 continue
             if other.output == rule.output and _within(rule, other):
                 dropped.add(rule.path)
-            elif other.output == rule.output and _within(other, rule):
+                break
+            if other.output == rule.output and _within(other, rule):
                 dropped.add(other.path)
             else:
                 refused.add((other.path, rule.path))

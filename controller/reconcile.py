@@ -42,6 +42,8 @@ class Applied:
     adopted: int
     first: bool
     repair: bool
+    took_s: float
+    """From handing the plan to the wire until the switch had committed it."""
     lost_all: bool
     """The switch had been ours and came back without the canary: its daemon was restarted."""
 
@@ -71,6 +73,7 @@ class Reconciler:
     _first: bool = True
     _lost_all: bool = False
     _adopted: int = 0
+    _began: float = 0.0
     _not_before: float = 0.0
     _retry_s: float = RETRY_FIRST_S
 
@@ -83,6 +86,10 @@ class Reconciler:
         """The switch should have other flows from now on."""
         self.desired = desired
         return self._advance(now) if self.phase is Phase.STEADY else ([], None)
+
+    def unchanged(self) -> Applied:
+        """What to say of a switch that a new state changes nothing on."""
+        return self._applied(NOTHING, 0.0)
 
     def dumped(self, flows: tuple[FlowStats, ...], now: float) -> tuple[list[Effect], Applied | None]:
         """What is there. Nothing is flushed: what is already right stays as it is."""
@@ -101,7 +108,7 @@ class Reconciler:
             self.installed.pop(flow.key, None)
         for flow in (*self._underway.add, *self._underway.change):
             self.installed[flow.key] = flow
-        done = self._applied(self._underway)
+        done = self._applied(self._underway, now - self._began)
         self._retry_s = RETRY_FIRST_S
         effects, _ = self._advance(now)
         return effects, done
@@ -166,14 +173,16 @@ class Reconciler:
         if not todo:
             self.phase = Phase.STEADY
             self._repair = False
-            return [], self._applied(todo) if report_nothing else None
+            return [], self._applied(todo, 0.0) if report_nothing else None
         self.phase = Phase.INSTALLING
         self._token += 1
         self._underway = todo
+        self._began = now
         return [Install(self.dpid, self._token, todo)], None
 
-    def _applied(self, done: Plan) -> Applied:
-        result = Applied(done, self._adopted, self._first, self._repair and not self._first, self._lost_all)
+    def _applied(self, done: Plan, took_s: float) -> Applied:
+        repair = self._repair and not self._first
+        result = Applied(done, self._adopted, self._first, repair, took_s, self._lost_all)
         self._first = self._repair = self._lost_all = False
         self.was_ours = True
         return result
