@@ -31,7 +31,7 @@ LOCK_LIMIT_S = 0.3
 TAIL_LINES = 15
 SYSTEM_PYTHON = "/usr/bin/python3"
 
-_LOCK, _STATE, _DESCRIPTION, _LOG, _STATE_FILE = "lock", "lab.json", "description.json", "lab.log", "state"
+_LOCK, _STATE, _DESCRIPTION, _LOG = "lock", "lab.json", "description.json", "lab.log"
 _OURS = (_STATE, "lab.json.new", _DESCRIPTION, _LOG, "controller.log", "ovs", "controller", "events")
 """What is in a run directory; nothing else in it is ever removed."""
 
@@ -142,7 +142,10 @@ def up(
         reader = _launch(run_dir, state_file, lock, command, limit_s)
     # From here on the lab holds the lock itself, through the descriptor it was given.
     try:
-        _await_ready(reader, run_dir, progress, time.monotonic() + limit_s)
+        deadline = time.monotonic() + limit_s
+        _await_ready(reader, run_dir, progress, deadline)
+        if controller:
+            _await_steady(run_dir, deadline)
         return status(run_dir)
     except BaseException:
         _abort(run_dir)
@@ -273,6 +276,22 @@ def _await_ready(reader: BinaryIO, run_dir: Path, progress: Callable[[str], None
             progress(line)
 
 
+def _await_steady(run_dir: Path, deadline: float) -> None:
+    """Until the controller itself says that every bridge is as declared. It usually is by now."""
+    from controller.control import ask
+    from controller.problems import BulkheadError
+
+    late = "the controller does not answer"
+    while time.monotonic() < deadline:
+        with contextlib.suppress(BulkheadError):
+            bridges = ask(run_dir / "controller", {"ask": "status"})["bridges"]
+            late = ", ".join(b["name"] for b in bridges if b["phase"] != "steady" or b["missing_ports"])
+            if not late:
+                return
+        time.sleep(0.02)
+    raise LabError(f"the bridges are not as declared in time: {late}\n{_tail(run_dir)}")
+
+
 def _tail(run_dir: Path) -> str:
     """The last lines of the logs."""
     found = []
@@ -286,7 +305,7 @@ def _tail(run_dir: Path) -> str:
 def _abort(run_dir: Path) -> None:
     """End a lab that is not up yet, whatever it is doing."""
     deadline = time.monotonic() + STOP_LIMIT_S
-    while _is_locked(run_dir) and time.monotonic() < deadline:
+    while is_up(run_dir) and time.monotonic() < deadline:
         _signal(run_dir, signal.SIGKILL)
         time.sleep(0.01)
 
@@ -322,8 +341,8 @@ def _hint(run_dir: Path) -> str:
     return f"end it with: bulkhead lab down{'' if run_dir == default_dir() else f' --run-dir {run_dir}'}"
 
 
-def _is_locked(run_dir: Path) -> bool:
-    """Whether any process of a lab lives."""
+def is_up(run_dir: Path) -> bool:
+    """Whether any process of a lab lives, be it just starting."""
     try:
         descriptor = os.open(run_dir / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -339,7 +358,7 @@ def _is_locked(run_dir: Path) -> bool:
 
 def _wait_unlocked(run_dir: Path, limit_s: float) -> bool:
     deadline = time.monotonic() + limit_s
-    while _is_locked(run_dir):
+    while is_up(run_dir):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.01)
@@ -390,14 +409,12 @@ def _has_open(process: Path, wanted: os.stat_result) -> bool:
 def status(run_dir: Path) -> Status:
     """What is up in `run_dir`. Raises `NotUp`."""
     run_dir = run_dir.resolve()
-    if not _is_locked(run_dir):
+    if not is_up(run_dir):
         raise NotUp(f"no lab is up in {run_dir}; start one with: bulkhead lab up")
     try:
         found: dict[str, Any] = json.loads((run_dir / _STATE).read_text())
     except FileNotFoundError:
         raise NotUp(f"the lab in {run_dir} is still starting; try again in a moment") from None
-    except PermissionError:
-        raise LabError(f"the lab in {run_dir} is root's; run this with sudo") from None
     return Status(
         run_dir=run_dir,
         node=found["node"],
@@ -439,7 +456,7 @@ def command_in(lab: Status, host: LabHost | None, command: Sequence[str]) -> lis
     return [*line, *command]
 
 
-def exec(run_dir: Path, node: str | None, container: str | None, command: Sequence[str]) -> int:  # noqa: A001
+def exec(run_dir: Path, node: str | None, container: str | None, command: Sequence[str]) -> int:
     """Run a command in a container of the lab's node, or on the node itself; answers its exit code.
 
     Standard input, output and error are the caller's own. Raises `LabError`.
@@ -462,11 +479,8 @@ def exec(run_dir: Path, node: str | None, container: str | None, command: Sequen
     return code if code >= 0 else 128 - code
 
 
-def spawn(
-    run_dir: Path, name: str, command: Sequence[str], **options: Any
-) -> subprocess.Popen[str]:
+def spawn(lab: Status, name: str, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
     """Start a command in a host, with pipes or whatever `options` of `Popen` say. It ends with the lab at the latest."""
-    lab = status(run_dir)
     return subprocess.Popen(command_in(lab, find_host(lab, name), command), text=True, **options)
 
 
@@ -476,7 +490,7 @@ def down(run_dir: Path, *, limit_s: float = STOP_LIMIT_S) -> bool:
     run_dir = run_dir.resolve()
     if not (run_dir / _LOCK).exists():
         return False
-    was_up = _is_locked(run_dir)
+    was_up = is_up(run_dir)
     if was_up:
         _end(run_dir, limit_s)
     with _locked(run_dir):

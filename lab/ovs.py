@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 SCHEMA = Path("/usr/share/openvswitch/vswitch.ovsschema")
 OFCTL = ("ovs-ofctl", "-O", "OpenFlow14")
@@ -26,9 +27,7 @@ class LabError(Exception):
 
 def run(*command: str, env: dict[str, str] | None = None, stdin: str | None = None, timeout_s: float = 60) -> str:
     """Run a command, answer what it printed. Raises `LabError` with its standard error."""
-    done = subprocess.run(
-        command, env=env, input=stdin, capture_output=True, text=True, timeout=timeout_s, check=False
-    )
+    done = subprocess.run(command, env=env, input=stdin, capture_output=True, text=True, timeout=timeout_s, check=False)
     if done.returncode:
         raise LabError(f"{' '.join(command)}: exit {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout
@@ -104,7 +103,7 @@ class PrivateOvs:
         self.vswitchd: subprocess.Popen[bytes] | None = None
         self._ovsdb: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> PrivateOvs:
+    def __enter__(self) -> Self:
         try:
             self.start()
         except BaseException:
@@ -143,9 +142,7 @@ class PrivateOvs:
         with contextlib.suppress(FileNotFoundError):
             self.ctl.unlink()
         options = ["--enable-dummy=override"] if self.datapath == "dummy" else []
-        self.vswitchd = self._spawn(
-            "ovs-vswitchd", self.db, "--disable-system", f"--unixctl={self.ctl}", *options
-        )
+        self.vswitchd = self._spawn("ovs-vswitchd", self.db, "--disable-system", f"--unixctl={self.ctl}", *options)
         self._wait_for(self.ctl)
 
     def kill_vswitchd(self) -> None:

@@ -29,12 +29,12 @@ from typing import Any
 from mininet.log import setLogLevel
 from mininet.net import Mininet
 from mininet.node import OVSSwitch, RemoteController
-
 from oo1424oo import OneFourTwoFour, run_in
 
 CANARY_TABLE = 250
 HIDDEN = ("/var/log/openvswitch", "/var/lib/openvswitch", "/etc/openvswitch")
 """Besides /run: where a program that is told nothing would find the host's Open vSwitch."""
+TCP_LISTEN = "0A"
 WATCH_S = 0.5
 STOP_S = 5.0
 
@@ -77,8 +77,10 @@ def init(options: argparse.Namespace) -> int:
         code = 1
         try:
             code = work(options, outer_pid)
+        except BaseException:  # noqa: BLE001 - nothing may get past the fork into what follows it
+            traceback.print_exc()
         finally:
-            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(code)
 
     def forward(signum: int, _frame: object) -> None:
@@ -101,7 +103,8 @@ def hide_the_host(run_dir: Path) -> None:
     mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run")
     if not run_dir.is_dir():
         run_dir.mkdir(parents=True)
-        mount("--bind", f"/proc/{os.getpid()}/fd/{ours}", str(run_dir))
+        # By descriptor, and taken literally: the path itself leads into the new, empty /run.
+        mount("--no-canonicalize", "--bind", f"/proc/{os.getpid()}/fd/{ours}", str(run_dir))
     os.close(ours)
     for path in HIDDEN:
         if os.path.isdir(path):
@@ -121,17 +124,17 @@ def mount(*args: str) -> None:
 def work(options: argparse.Namespace, outer_pid: int) -> int:
     """Bring the lab up, serve until told to stop, take it down. Answers an exit code."""
     told = Told(options.progress_fd)
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(signum, stop)
     lab = Lab(options, outer_pid, told)
     try:
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(signum, stop)
         lab.start()
         told.say("ready")
         told.close()
         lab.serve()
     except Stopped:
         return 0
-    except (Exception, SystemExit) as exc:  # Mininet exits when it misses something
+    except (Exception, SystemExit) as exc:  # noqa: BLE001 - Mininet exits when it misses something
         traceback.print_exc()
         told.say(f"failed: {exc}")
         return 1
@@ -209,6 +212,9 @@ class Lab:
         if self.options.controller:
             self.net.addController(Controller("c0", ip="127.0.0.1", port=self.options.port))
         self.net.build()
+        if self.options.controller:
+            # A switch that is refused once tries again only after a second.
+            self.wait(self.missing_listener, "listening controller")
         self.net.start()
 
     def configure_host(self) -> None:
@@ -242,6 +248,12 @@ class Lab:
         for patch in self.description["patches"]:
             wanted += (patch["port1"], patch["port2"])
         return [name for name in wanted if name not in up]
+
+    def missing_listener(self) -> list[str]:
+        """The controller's port, while nobody listens on it. Looked up: trying it would be a switch in its eyes."""
+        sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        ports = {int(fields[1].split(":")[1], 16) for fields in sockets if fields[3] == TCP_LISTEN}
+        return [] if self.options.port in ports else [f"port {self.options.port}"]
 
     def missing_flows(self) -> list[str]:
         """Bridges that do not have what the controller sends last."""

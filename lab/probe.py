@@ -1,0 +1,202 @@
+"""Traffic for the lab: answers it, and tries it. Runs inside a host of the lab, on any Python 3.
+
+    probe.py serve tcp:9573 udp:51820     answers with the name given by --name; tells on stdout who came
+    probe.py try < tries.json             runs all tries at once; prints one outcome for each
+
+A try is {"proto": "tcp|udp|icmp", "to": ADDRESS, "port": N, "from": ADDRESS, "spoof": ADDRESS, "timeout_s": S}; an outcome
+{"outcome": "reply|refused|silence|error", "data": TEXT, "s": SECONDS}. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import select
+import socket
+import struct
+import sys
+import threading
+import time
+from typing import Any
+
+TIMEOUT_S = 1.5
+REFUSALS = frozenset({errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EACCES, errno.ENOPROTOOPT})
+"""What the kernel makes of a TCP reset and of ICMP destination unreachable."""
+MAX_BYTES = 2048
+
+Try = dict[str, Any]
+Outcome = dict[str, Any]
+
+
+# -- answering --------------------------------------------------------------------------------------------------------
+
+
+def serve(name: str, endpoints: list[str]) -> None:
+    """Answer on every endpoint until stdin ends. One line on stdout per request: proto, port, sender, what it said."""
+    sockets: dict[socket.socket, tuple[str, int]] = {}
+    for endpoint in endpoints:
+        proto, _, port = endpoint.partition(":")
+        kind = socket.SOCK_STREAM if proto == "tcp" else socket.SOCK_DGRAM
+        server = socket.socket(socket.AF_INET, kind)
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("0.0.0.0", int(port)))
+        if proto == "tcp":
+            server.listen(128)
+        sockets[server] = (proto, int(port))
+    print("ready", flush=True)
+    while True:
+        ready = select.select([*sockets, sys.stdin], [], [])[0]
+        if sys.stdin in ready:  # nobody can signal us from outside: what they know the process id of is nsenter's
+            return
+        for server in ready:
+            answer(name, server, *sockets[server])
+
+
+def answer(name: str, server: socket.socket, proto: str, port: int) -> None:
+    """One request."""
+    try:
+        if proto == "tcp":
+            connection, sender = server.accept()
+            with connection:
+                connection.sendall(name.encode())
+            said = b""
+        else:
+            said, sender = server.recvfrom(MAX_BYTES)
+            reply(name, server, sender)
+    except OSError:
+        return  # the other side has gone already
+    print(proto, port, sender[0], said.decode(errors="replace"), flush=True)
+
+
+def reply(name: str, server: socket.socket, sender: tuple[str, int]) -> None:
+    """Answer a datagram."""
+    server.sendto(name.encode(), sender)
+
+
+# -- trying -----------------------------------------------------------------------------------------------------------
+
+
+def attempt(what: Try) -> Outcome:
+    """Run one try to its end."""
+    started = time.monotonic()
+    try:
+        data = ATTEMPTS["spoof" if "spoof" in what else what["proto"]](what, float(what.get("timeout_s", TIMEOUT_S)))
+        outcome = {"outcome": "reply", "data": data}
+    except TimeoutError:
+        outcome = {"outcome": "silence", "data": ""}
+    except OSError as exc:
+        refused = exc.errno in REFUSALS and time.monotonic() - started < float(what.get("timeout_s", TIMEOUT_S))
+        outcome = {"outcome": "refused" if refused else "error", "data": os.strerror(exc.errno or 0)}
+    return {**outcome, "s": round(time.monotonic() - started, 4)}
+
+
+def opened(what: Try, kind: int, proto: int = 0) -> socket.socket:
+    """A socket bound to where the try says it comes from."""
+    sock = socket.socket(socket.AF_INET, kind, proto)
+    if what.get("from"):
+        sock.bind((what["from"], 0))
+    return sock
+
+
+def try_tcp(what: Try, timeout_s: float) -> str:
+    """Connect, and read what the server says."""
+    with opened(what, socket.SOCK_STREAM) as sock:
+        sock.settimeout(timeout_s)
+        sock.connect((what["to"], what["port"]))
+        return sock.recv(MAX_BYTES).decode(errors="replace")
+
+
+def try_udp(what: Try, timeout_s: float) -> str:
+    """Send a datagram, and wait for one back or for an ICMP error."""
+    with opened(what, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(timeout_s)
+        sock.connect((what["to"], what["port"]))
+        sock.send(what.get("say", "hello").encode())
+        return sock.recv(MAX_BYTES).decode(errors="replace")
+
+
+def try_icmp(what: Try, timeout_s: float) -> str:
+    """Send an echo request, and wait for its reply or for an ICMP error about it."""
+    ident = threading.get_native_id() & 0xFFFF
+    deadline = time.monotonic() + timeout_s
+    with opened(what, socket.SOCK_RAW, socket.IPPROTO_ICMP) as sock:
+        sock.sendto(echo_request(ident), (what["to"], 0))
+        while (left := deadline - time.monotonic()) > 0:
+            sock.settimeout(left)
+            packet, sender = sock.recvfrom(MAX_BYTES)
+            body = packet[(packet[0] & 0xF) * 4 :]
+            kind, code = body[0], body[1]
+            if kind == 0 and body[4:6] == struct.pack("!H", ident) and sender[0] == what["to"]:
+                return "echo reply"
+            if kind == 3 and struct.pack("!H", ident) in body[8:]:
+                raise OSError(errno.EHOSTUNREACH, f"unreachable, code {code}")
+    raise TimeoutError
+
+
+def echo_request(ident: int) -> bytes:
+    """An ICMP echo request (RFC 792)."""
+    payload = b"bulkhead-lab"
+    head = struct.pack("!BBHHH", 8, 0, 0, ident, 1)
+    return struct.pack("!BBHHH", 8, 0, checksum(head + payload), ident, 1) + payload
+
+
+def checksum(data: bytes) -> int:
+    """The internet checksum (RFC 1071)."""
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data[: len(data) // 2 * 2]))
+    total += (data[-1] << 8) if len(data) % 2 else 0
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def try_spoof(what: Try, timeout_s: float) -> str:
+    """Send a UDP datagram with a forged source. An answer could not come here; ask the receiver what arrived."""
+    said = what.get("say", "hello").encode()
+    udp = struct.pack("!HHHH", 40000, what["port"], 8 + len(said), 0) + said
+    source, target = socket.inet_aton(what["spoof"]), socket.inet_aton(what["to"])
+    # Length, checksum and identification are filled in by the kernel (raw(7)).
+    ip = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 0, 0, 0, 64, socket.IPPROTO_UDP, 0, source, target)
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
+        sock.sendto(ip + udp, (what["to"], 0))
+    time.sleep(min(timeout_s, 0.3))
+    raise TimeoutError
+
+
+ATTEMPTS = {"tcp": try_tcp, "udp": try_udp, "icmp": try_icmp, "spoof": try_spoof}
+
+
+def run_tries(tries: list[Try]) -> list[Outcome]:
+    """All at once, so that many that wait in vain take no longer than one."""
+    outcomes: list[Outcome] = [{} for _ in tries]
+
+    def run(index: int) -> None:
+        outcomes[index] = attempt(tries[index])
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(tries))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+def main() -> int:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    server = commands.add_parser("serve")
+    server.add_argument("--name", default="server")
+    server.add_argument("endpoints", nargs="+")
+    commands.add_parser("try")
+    options = parser.parse_args()
+    if options.command == "serve":
+        serve(options.name, options.endpoints)
+    else:
+        json.dump(run_tries(json.load(sys.stdin)), sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""Traffic in a running lab: servers in its hosts, and tries from one host to another. Imports `manager` and `places`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from lab import places
+from lab.manager import LabError, Status, spawn
+
+Outcome = Literal["reply", "refused", "silence", "error"]
+SERVERS_LIMIT_S = 10.0
+TRY_LIMIT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Try:
+    """One connection, datagram or echo request. `source` is the address it comes from, `spoof` one it only claims."""
+
+    proto: Literal["tcp", "udp", "icmp"]
+    to: str
+    port: int = 0
+    source: str | None = None
+    spoof: str | None = None
+    say: str = "hello"
+    timeout_s: float = 1.5
+
+    def as_json(self) -> dict[str, Any]:
+        """The try as `probe.py` reads it."""
+        asked: dict[str, Any] = {"proto": self.proto, "to": self.to, "port": self.port, "say": self.say}
+        asked["timeout_s"] = self.timeout_s
+        if self.source is not None:
+            asked["from"] = self.source
+        if self.spoof is not None:
+            asked["spoof"] = self.spoof
+        return asked
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of a try: `data` is what the other side said, or the error."""
+
+    outcome: Outcome
+    data: str
+    seconds: float
+
+
+class Traffic:
+    """Servers in hosts of a lab, for as long as the context lasts."""
+
+    def __init__(self, lab: Status) -> None:
+        self.lab = lab
+        self._files = tempfile.TemporaryDirectory(prefix="bulkhead-traffic-")
+        self._servers: dict[str, subprocess.Popen[str]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for server in self._servers.values():
+            assert server.stdin is not None
+            server.stdin.close()
+        for server in self._servers.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(5)
+        self._files.cleanup()
+
+    def serve(self, endpoints: Mapping[str, Sequence[str]]) -> None:
+        """Start a server in each host for its endpoints (`tcp:443`), each answering with its host's name."""
+        for host, wanted in endpoints.items():
+            command = _probe("serve", "--name", host, *wanted)
+            with self._heard(host).open("wb") as out:
+                self._servers[host] = spawn(
+                    self.lab, host, command, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT
+                )
+        deadline = time.monotonic() + SERVERS_LIMIT_S
+        waiting = set(endpoints)
+        while waiting:
+            waiting -= {host for host in waiting if self._heard(host).read_text().startswith("ready")}
+            dead = [host for host in waiting if self._servers[host].poll() is not None]
+            if dead or time.monotonic() > deadline:
+                said = "; ".join(self._heard(host).read_text().strip() for host in dead or waiting)
+                raise LabError(f"no server in {', '.join(dead or waiting)}: {said}")
+            time.sleep(0.01)
+
+    def heard(self, host: str) -> list[str]:
+        """What the server of a host was asked so far: `udp 4000 10.0.0.102 hello`."""
+        return self._heard(host).read_text().splitlines()[1:]
+
+    def _heard(self, host: str) -> Path:
+        return Path(self._files.name, f"{host}.heard")
+
+    def attempt(self, host: str, wanted: Try) -> Result:
+        """Run one try from a host."""
+        return self.attempt_all({host: [wanted]})[host][0]
+
+    def attempt_all(self, wanted: Mapping[str, Iterable[Try]]) -> dict[str, list[Result]]:
+        """Run all tries of all hosts at once."""
+        started = {
+            host: spawn(self.lab, host, _probe("try"), stdin=subprocess.PIPE, stdout=subprocess.PIPE) for host in wanted
+        }
+        for host, process in started.items():
+            assert process.stdin is not None
+            json.dump([each.as_json() for each in wanted[host]], process.stdin)
+            process.stdin.close()
+            process.stdin = None
+        return {host: _results(host, process) for host, process in started.items()}
+
+
+def _results(host: str, process: subprocess.Popen[str]) -> list[Result]:
+    out, _ = process.communicate(timeout=TRY_LIMIT_S)
+    if process.returncode:
+        raise LabError(f"the probe in {host} ended with exit code {process.returncode}")
+    return [Result(found["outcome"], found["data"], found["s"]) for found in json.loads(out)]
+
+
+def _probe(*arguments: str) -> list[str]:
+    return [sys.executable, "-I", str(places.PROBE), *arguments]
