@@ -50,7 +50,7 @@ def serve(name: str, endpoints: list[str]) -> None:
         ready = select.select([*sockets, sys.stdin], [], [])[0]
         if sys.stdin in ready:  # nobody can signal us from outside: what they know the process id of is nsenter's
             return
-        for server in ready:
+        for server in sockets.keys() & set(ready):
             answer(name, server, *sockets[server])
 
 

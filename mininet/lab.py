@@ -77,7 +77,7 @@ def init(options: argparse.Namespace) -> int:
         code = 1
         try:
             code = work(options, outer_pid)
-        except BaseException:  # noqa: BLE001 - nothing may get past the fork into what follows it
+        except BaseException:  # nothing may get past the fork into what follows it
             traceback.print_exc()
         finally:
             sys.stderr.flush()
@@ -134,7 +134,7 @@ def work(options: argparse.Namespace, outer_pid: int) -> int:
         lab.serve()
     except Stopped:
         return 0
-    except (Exception, SystemExit) as exc:  # noqa: BLE001 - Mininet exits when it misses something
+    except (Exception, SystemExit) as exc:  # Mininet exits when it misses something
         traceback.print_exc()
         told.say(f"failed: {exc}")
         return 1
