@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TypedDict
@@ -305,16 +306,28 @@ class TestOneWriter:
                 EventLog(tmp_path)
 
 
-KILLED = """
+BUSY = """
 import os, sys
 from pathlib import Path
 from controller.eventlog import EventLog
 from controller.events import Event, Kind
-log = EventLog(Path(sys.argv[1]), segment_bytes=4096, max_bytes=40960)
+log = EventLog(Path(sys.argv[1]), segment_bytes=4096, max_bytes=int(sys.argv[2]))
 while True:
     record = log.append(Event(Kind.PORT_UP, "x" * (log.last_seq * 37 % 500)))
     os.write(1, b"%d\\n" % record.seq)
 """
+
+
+@contextmanager
+def busy_writer(directory: Path, max_bytes: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Another process that writes as fast as it can."""
+    command = [sys.executable, "-c", BUSY, str(directory), str(max_bytes)]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.wait()
 
 
 class TestKill:
@@ -322,7 +335,8 @@ class TestKill:
         chance = random.Random(7)
         reached = 0
         for _ in range(15):
-            child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+            command = [sys.executable, "-c", BUSY, str(tmp_path), "40960"]
+            child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
             assert child.stdout is not None
             acknowledged = int(child.stdout.readline())
             assert acknowledged > reached
@@ -703,22 +717,24 @@ class TestReaders:
         assert not any(record.is_notice for record in read(tmp_path)), "nobody asked for the removed ones"
 
     def test_verify_while_the_log_is_written(self, tmp_path: Path) -> None:
-        command = [sys.executable, "-c", KILLED, str(tmp_path)]
-        child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-        try:
+        with busy_writer(tmp_path, 1 << 18) as child:
             give_up = time.monotonic() + 30
             while last_seq(tmp_path) < 500:
                 assert time.monotonic() < give_up
                 time.sleep(0.01)
+            begun = last_seq(tmp_path)
             for _ in range(50):
                 before = last_seq(tmp_path)
                 verdict = verify(tmp_path)
                 assert verdict.ok, verdict.problems
                 assert verdict.last_seq is not None and verdict.last_seq >= before
-            assert child.poll() is None and last_seq(tmp_path) > before, "the writer was not at work"
-        finally:
-            child.kill()
-            child.wait()
+            assert child.poll() is None and last_seq(tmp_path) > begun, "the writer was not at work"
+
+    def test_follow_while_the_log_is_written(self, tmp_path: Path) -> None:
+        with busy_writer(tmp_path, 1 << 30):
+            seen = [record.seq for record, _ in zip(follow(tmp_path, poll_s=0), range(5000), strict=False)]
+        assert seen == list(range(1, 5001))
+        assert len(segments(tmp_path)) > 100
 
     def test_filter(self) -> None:
         record = seal(Event(Kind.VIOLATION, "x", bridge="vmbr0", network="privacy"), seq=1, time=START, prev=GENESIS)
