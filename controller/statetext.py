@@ -1,7 +1,7 @@
 """State files as text: read one from the disk without tearing it, and turn YAML or JSON into plain Python values.
 
-`read` and `parse` raise `problems.InvalidInput`; nothing else comes out of them, whatever the bytes are. YAML is read as
-a stream of events (libyaml's parser where PyYAML has it), never as objects: no tag can construct anything, no nesting
+`read` and `parse` raise `problems.InvalidInput`; nothing else comes out of them, whatever the bytes are. YAML is read
+as a stream of events (libyaml's parser where PyYAML has it), never as objects: no tag can construct anything, no nesting
 can exhaust the stack, and aliases are counted as if they were written out. Imports `problems` only.
 """
 
@@ -172,7 +172,7 @@ def _half_a_pair(source: str) -> Problem:
 
 
 def parse(text: str, source: str) -> tuple[dict[str, Any], list[Problem]]:
-    """The mapping that YAML or JSON text holds, and what is wrong with it short of being unreadable (duplicate keys)."""
+    """The mapping that YAML or JSON text holds, and what is wrong with it but did not stop us (duplicate keys)."""
     if len(text) > MAX_BYTES:
         raise InvalidInput(source, [_too_large(source)])
     try:

@@ -219,6 +219,7 @@ class TestDelivery:
         ):
             assert rules("vmbr1", flow) == ()
         assert len(rules("vmbr1", "udp,tp_dst=9574,actions=output:veth201")) == 1
+        assert len(rules("vmbr1", "in_port=veth202,tcp,tp_dst=9574,actions=output:veth201")) == 1
         assert len(rules("vmbr1", "tcp,tp_dst=9574,actions=output:veth202")) == 1
         assert len(rules("vmbr1", "tcp,tp_dst=9574,ip_dscp=1,actions=output:veth201")) == 1
 

@@ -583,6 +583,23 @@ class TestReport:
         found = errors_of(put("lxc.containers.0.properties.mac", "x"))
         assert found == {"lxc.containers[0].properties.mac": ["bad-mac"]}
 
+    @pytest.mark.parametrize(
+        ("change", "path", "code"),
+        [
+            (put("networks.privacy.subnet", "10.0.0.0"), "networks.privacy.subnet", "bad-prefix"),
+            (put("networks.privacy.egress", {"prt": "warp0"}), "networks.privacy.egress.port", "missing-key"),
+            (put("wireguard.warp_tunnel.enabled", "no"), "wireguard.warp_tunnel.enabled", "wrong-type"),
+        ],
+    )
+    def test_a_misshapen_network_does_not_make_its_members_look_bad(self, change: Change, path: str, code: str) -> None:
+        found = errors_of(change)
+        assert found.pop(path) == [code]
+        assert set(found) <= {"networks.privacy.egress.prt"}
+
+    def test_a_container_that_is_on_no_network_does_not_make_flows_look_bad(self) -> None:
+        found = errors_of(put("lxc.containers.1.properties.network", "privcy"))
+        assert found == {"lxc.containers[1].properties.network": ["unknown-network"]}
+
     def test_did_you_mean(self) -> None:
         tree = example()
         put("lxc.containers.1.vethh", "veth102")(tree)
@@ -832,7 +849,8 @@ class TestFile:
     def test_file_that_stops_changing_is_read(self, tmp_path: Path) -> None:
         file = tmp_path / "state.yaml"
         file.write_text(YAML_FILE.read_text() + "#" * 3_000_000)
-        code = "import sys, time\nfile = open(sys.argv[1], 'ab', 0)\nfor _ in range(300): file.write(b'#'), time.sleep(1e-4)\n"
+        code = "import sys, time\nfile = open(sys.argv[1], 'ab', 0)\n"
+        code += "for _ in range(300): file.write(b'#'), time.sleep(1e-4)\n"
         with subprocess.Popen([sys.executable, "-c", code, str(file)]):
             assert statefile.load(file).state == statefile.load(YAML_FILE).state
 
