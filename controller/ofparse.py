@@ -1,9 +1,9 @@
 """One literal flow of a state file, parsed: from ovs-ofctl's syntax to a value with our field names.
 
 The grammar is `ovs.flow`'s (of the PyPI package `ovs`), which reads what `ovs-ofctl dump-flows` prints. People write
-what `ovs-ofctl add-flow` accepts, so the text is brought into the former's order first, and what that parser waves through
-(unknown flags, negative numbers, a field twice, host masks) is checked here. A field without the protocol it needs is a
-fault: ovs-ofctl drops such a field silently, and the flow then matches everything. Imports nothing of ours.
+what `ovs-ofctl add-flow` accepts, so the text is brought into the former's order first, and what that parser waves
+through (unknown flags, negative numbers, a field twice, host masks) is checked here. A field without the protocol it
+needs is a fault: ovs-ofctl drops such a field silently, and the flow then matches everything. Imports nothing of ours.
 """
 
 from __future__ import annotations

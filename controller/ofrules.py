@@ -621,8 +621,8 @@ def _meet(one: MatchItems, other: MatchItems) -> bool:
 
 
 # Overlaps. A match is a cube: a value and a mask over all header bits as one integer each. For every bit the index
-# holds which cubes need a 0 there and which a 1, as integers with a bit for each cube; whatever needs the opposite of a new
-# cube cannot meet it. That is about 200 integer operations for each flow instead of a comparison with every other.
+# holds which cubes need a 0 there and which a 1, as integers with a bit for each cube; whatever needs the opposite of a
+# new cube cannot meet it. That is about 200 integer operations for each flow instead of a comparison with every other.
 
 _PORT_BITS: Final = 16
 _OFFSETS: Final = {name: _PORT_BITS + sum(list(WIDTHS.values())[:i]) for i, name in enumerate(WIDTHS)}

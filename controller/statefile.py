@@ -1,7 +1,8 @@
 """State files: a file or a text in, a frozen `DesiredState` out, or every reason why not.
 
 `load` and `loads` raise `problems.InvalidInput` and nothing else. The parts: `statetext` reads, `stateschema` checks
-the shape, `statederive` gives it meaning, and has `ofrules` judge the literal flows. Imports those, `model` and `problems`.
+the shape, `statederive` gives it meaning, and has `ofrules` judge the literal flows. Imports those, `model`
+and `problems`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """State files as text: read one from the disk without tearing it, and turn YAML or JSON into plain Python values.
 
 `read` and `parse` raise `problems.InvalidInput`; nothing else comes out of them, whatever the bytes are. YAML is read
-as a stream of events (libyaml's parser where PyYAML has it), never as objects: no tag can construct anything, no nesting
-can exhaust the stack, and aliases are counted as if they were written out. Imports `problems` only.
+as a stream of events (libyaml's parser where PyYAML has it), never as objects: no tag can construct anything, no
+nesting can exhaust the stack, and aliases are counted as if they were written out. Imports `problems` only.
 """
 
 from __future__ import annotations
