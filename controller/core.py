@@ -410,6 +410,8 @@ class Core:
         network = self._network(switch)
         if network is None or not network.refuse:
             return []
+        if network.egress is not None and switch.port_name(port) == network.egress.port:
+            return []  # out there anybody may claim to be anybody: the answer would hit a stranger
         try:
             answer = packets.refusal(packet.data, network.gateway)
         except packets.Unreadable:
