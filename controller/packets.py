@@ -106,7 +106,9 @@ def _refusal(data: bytes, gateway: Ipv4) -> bytes | None:
             return None
         start = 14
         quoted = data[start : start + ip.header_length * 4 + _ICMP_HEADER]
-        answer.add_protocol(ipv4.ipv4(src=str(gateway), dst=ip.src, proto=1, ttl=64))
+        # Nobody believes a packet from his own address: where the gateway itself is refused, its target speaks.
+        speaker = ip.dst if ip.src == str(gateway) else str(gateway)
+        answer.add_protocol(ipv4.ipv4(src=speaker, dst=ip.src, proto=1, ttl=64))
         answer.add_protocol(icmp.icmp(type_=3, code=13, data=icmp.dest_unreach(data=quoted)))
     answer.serialize()
     return bytes(answer.data)
