@@ -19,9 +19,13 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 TIMEOUT_S = 1.5
+AGAIN_S = 0.4
+"""A lost datagram is sent again so soon: a flow just learned takes effect only when the datapath's cache is done."""
+ECHO_REPLY, UNREACHABLE, ECHO = 0, 3, 8
 REFUSALS = frozenset({errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EACCES, errno.ENOPROTOOPT})
 """What the kernel makes of a TCP reset and of ICMP destination unreachable."""
 MAX_BYTES = 2048
@@ -109,37 +113,56 @@ def try_tcp(what: Try, timeout_s: float) -> str:
 
 
 def try_udp(what: Try, timeout_s: float) -> str:
-    """Send a datagram, and wait for one back or for an ICMP error."""
+    """Send a datagram, again and again, and wait for one back or for an ICMP error."""
+    said = what.get("say", "hello").encode()
     with opened(what, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(timeout_s)
         sock.connect((what["to"], what["port"]))
-        sock.send(what.get("say", "hello").encode())
-        return sock.recv(MAX_BYTES).decode(errors="replace")
-
-
-def try_icmp(what: Try, timeout_s: float) -> str:
-    """Send an echo request, and wait for its reply or for an ICMP error about it."""
-    ident = threading.get_native_id() & 0xFFFF
-    deadline = time.monotonic() + timeout_s
-    with opened(what, socket.SOCK_RAW, socket.IPPROTO_ICMP) as sock:
-        sock.sendto(echo_request(ident), (what["to"], 0))
-        while (left := deadline - time.monotonic()) > 0:
-            sock.settimeout(left)
-            packet, sender = sock.recvfrom(MAX_BYTES)
-            body = packet[(packet[0] & 0xF) * 4 :]
-            kind, code = body[0], body[1]
-            if kind == 0 and body[4:6] == struct.pack("!H", ident) and sender[0] == what["to"]:
-                return "echo reply"
-            if kind == 3 and struct.pack("!H", ident) in body[8:]:
-                raise OSError(errno.EHOSTUNREACH, f"unreachable, code {code}")
+        for left in every(AGAIN_S, timeout_s):
+            sock.send(said)
+            if select.select([sock], [], [], left)[0]:
+                return sock.recv(MAX_BYTES).decode(errors="replace")
     raise TimeoutError
 
 
-def echo_request(ident: int) -> bytes:
+def try_icmp(what: Try, timeout_s: float) -> str:
+    """Send an echo request, again and again, and wait for its reply or for an ICMP error about it."""
+    ident = struct.pack("!H", threading.get_native_id() & 0xFFFF)
+    with opened(what, socket.SOCK_RAW, socket.IPPROTO_ICMP) as sock:
+        for left in every(AGAIN_S, timeout_s):
+            sock.sendto(echo_request(ident), (what["to"], 0))
+            until = time.monotonic() + left
+            while (rest := until - time.monotonic()) > 0 and select.select([sock], [], [], rest)[0]:
+                packet, sender = sock.recvfrom(MAX_BYTES)
+                if is_answer(packet, sender[0], what["to"], ident):
+                    return "echo reply"
+    raise TimeoutError
+
+
+def every(step_s: float, total_s: float) -> Iterator[float]:
+    """How long to wait each time, until all of it is used up. What is lost once is not lost for good."""
+    end = time.monotonic() + total_s
+    while (left := end - time.monotonic()) > 0:
+        yield min(step_s, left)
+
+
+def is_answer(packet: bytes, sender: str, target: str, ident: bytes) -> bool:
+    """Whether an ICMP packet is the reply to our request. Raises `OSError` if it says that the request was not let
+    through; every other one is somebody else's, as raw sockets get them all."""
+    body = packet[(packet[0] & 0xF) * 4 :]
+    if body[0] == ECHO_REPLY:
+        return sender == target and body[4:6] == ident
+    inner = body[8:]
+    if body[0] == UNREACHABLE and len(inner) >= 28 and inner[9] == socket.IPPROTO_ICMP:
+        request = inner[(inner[0] & 0xF) * 4 :]
+        if inner[16:20] == socket.inet_aton(target) and request[4:6] == ident:
+            raise OSError(errno.EHOSTUNREACH, "not let through")
+    return False
+
+
+def echo_request(ident: bytes) -> bytes:
     """An ICMP echo request (RFC 792)."""
-    payload = b"bulkhead-lab"
-    head = struct.pack("!BBHHH", 8, 0, 0, ident, 1)
-    return struct.pack("!BBHHH", 8, 0, checksum(head + payload), ident, 1) + payload
+    rest = ident + struct.pack("!H", 1) + b"bulkhead-lab"
+    return struct.pack("!BBH", ECHO, 0, checksum(struct.pack("!BBH", ECHO, 0, 0) + rest)) + rest
 
 
 def checksum(data: bytes) -> int:

@@ -1,0 +1,42 @@
+"""One lab for all tests of this directory that only use it; whoever breaks one starts their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab import manager, places
+from lab.manager import Status
+
+STATE_FILE = places.example()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything here makes network namespaces."""
+    skip = pytest.mark.skip(reason="needs root, for network namespaces: sudo make test")
+    for item in items:
+        if Path(item.path).is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.root)
+            if os.geteuid() != 0:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Status]:
+    """The lab of the example state file, up."""
+    run_dir = tmp_path_factory.mktemp("lab")
+    status = manager.up(STATE_FILE, run_dir)
+    yield status
+    assert manager.down(run_dir)
+
+
+@pytest.fixture
+def fresh_lab(lab: Status) -> Status:
+    """The same, with every learned return path forgotten."""
+    for bridge in ("vmbr0", "vmbr1"):
+        command = ["ovs-ofctl", "-O", "OpenFlow14", "del-flows", bridge, "table=60"]
+        assert manager.exec(lab.run_dir, None, "host", command) == 0
+    return lab
