@@ -7,6 +7,7 @@ by process id. Needs root. Imports the standard library only.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -33,6 +34,15 @@ def run(*command: str, env: dict[str, str] | None = None, stdin: str | None = No
     return done.stdout
 
 
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
+
+
+def die_with_parent() -> None:
+    """For `preexec_fn`: the child gets SIGKILL when this process ends, however it ends (prctl(2))."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class Here:
     """The network namespace this process is in already; the lab's, where the whole lab was started inside one."""
 
@@ -53,9 +63,12 @@ class Namespace(Here):
 
     def __init__(self) -> None:
         self._holder = subprocess.Popen(
-            ["unshare", "--net", "--kill-child", "sleep", "infinity"],
+            ["unshare", "--net", "sleep", "infinity"],
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=die_with_parent,
         )
         self.pid = self._sleeper()
         self.run("ip", "link", "set", "lo", "up")
@@ -161,6 +174,7 @@ class PrivateOvs:
             stdout=subprocess.DEVNULL,
             stderr=(self.directory / f"{program}.err").open("ab"),
             start_new_session=True,
+            preexec_fn=die_with_parent,
         )
 
     def _wait_for(self, path: Path, timeout_s: float = 10) -> None:
