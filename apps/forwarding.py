@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from apps.base import IPV4, App
 from controller.flow import Flow
 from controller.frame import Frame, Placed, address_range
-from controller.pipeline import FORWARD, Band, deliver
+from controller.model import Role
+from controller.pipeline import FORWARD, Band, deliver, role_value
 
 
 class Forwarding(App):
     """FORWARD.
 
     350 the subnet's own broadcast and network address drop; 300 a member; 250 what lives behind a member; 200 peers
-    across the mesh; miss drops: an address of this network that nobody has.
+    across the mesh, for containers; miss drops: an address of this network that nobody has.
     """
 
     id = 8
@@ -34,6 +35,7 @@ class Forwarding(App):
                     Band.KNOWN,
                     self.own("port/mesh"),
                     deliver(frame.mesh_port, network.mesh.mac),
+                    reg0=role_value(Role.CONTAINER),
                     eth_type=IPV4,
                     ipv4_dst=(prefix.address, prefix.mask),
                 )

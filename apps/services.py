@@ -18,10 +18,10 @@ CLIENTS = any_role(Role.HOST, Role.MESH)
 class Services(App):
     """SERVICE.
 
-    1000+ rules of the state file, for packets from containers and mesh only; 320 VPN clients reach the VPN server, and
-    the way back is learned; 300 a declared service, on its own address, for containers and mesh; 300 an exposed
-    service for the host's port, with the way back learned; 150 the host reaches nothing else; the rest is
-    `return_path`'s.
+    1000+ rules of the state file, for packets from containers and (where it is to a container) the mesh; 320 VPN clients
+    reach the VPN server, and the way back is learned; 300 a declared service, on its own address, for containers and
+    mesh; 300 an exposed service for the host's port, with the way back learned; 150 the host reaches nothing else; the
+    rest is `return_path`'s.
     """
 
     id = 5
@@ -81,4 +81,6 @@ class Services(App):
             yield SERVICE.flow(Band.RULE + rule.rule.rank, own, **match)
             return
         to = deliver(rule.out_port, rule.mac)
-        yield SERVICE.flow(Band.RULE + rule.rule.rank, own, to, reg0=INSIDE, **match)
+        # The mesh may send to containers only, so a rule towards it or the host is not for what comes from it.
+        senders = any_role(Role.CONTAINER) if rule.out_port in (frame.mesh_port, frame.host_port) else INSIDE
+        yield SERVICE.flow(Band.RULE + rule.rule.rank, own, to, reg0=senders, **match)

@@ -183,7 +183,7 @@ FORWARD = Table(
     80,
     "FORWARD",
     "known member by address to port",
-    _fields("eth_type", "ipv4_dst"),
+    _fields("reg0", "eth_type", "ipv4_dst"),
     (SetField,),
     (OUTPUT_GUARD,),
 )
