@@ -23,8 +23,9 @@ MAY_SEND_TO = {
 class OutputGuard(App):
     """OUTPUT_GUARD.
 
-    300 a role that may send to the chosen port is output; 100 anything else that got this far is a violation of the
-    pipeline itself. Whatever a table above did wrong ends here. No packet leaves by the port it came in by.
+    300 a role that may send to the chosen port is output, and nothing to the egress while it is closed; 100 anything
+    else that got this far is a violation of the pipeline itself. Whatever a table above did wrong ends here. No packet
+    leaves by the port it came in by.
     """
 
     id = 9
@@ -33,8 +34,10 @@ class OutputGuard(App):
 
     def shared(self, frame: Frame) -> Iterator[Flow]:
         yield OUTPUT_GUARD.flow(Band.REST, self.own_network(frame), violation(Violation.GUARD))
-        if frame.egress_port is not None:
+        if frame.egress_port is not None and frame.egress_open:
             yield self._output(frame.egress_port, Role.EGRESS)
+        elif frame.egress_port is not None:
+            yield OUTPUT_GUARD.flow(Band.OWN, self.own("kill-switch"), reg1=frame.egress_port)
         if frame.mesh_port is not None:
             yield self._output(frame.mesh_port, Role.MESH)
         if frame.host_port is not None and frame.host_takes_part:
