@@ -49,7 +49,7 @@ def big_state(containers: int) -> dict[str, Any]:
                 "bridge": "vmbr0",
                 "subnet": "10.0.0.0/16",
                 "gateway": "10.0.0.1",
-                "ids": f"100-{100 + containers}",
+                "ids": "100-9999",
                 "egress": {"port": "warp0"},
                 "mesh": {
                     "bridge": "mesh-privacy",

@@ -111,9 +111,7 @@ def _wait_for_server(host: Host) -> None:
 
 def _cache(ovs: PrivateOvs, hosts: list[Host], connections: int) -> Iterator[Figure]:
     client, server = hosts
-    daemon = subprocess.Popen(
-        server.namespace.command(sys.executable, "-c", ECHO), stdout=subprocess.PIPE
-    )
+    daemon = subprocess.Popen(server.namespace.command(sys.executable, "-c", ECHO), stdout=subprocess.PIPE)
     try:
         assert daemon.stdout is not None
         daemon.stdout.readline()

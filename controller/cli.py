@@ -31,8 +31,7 @@ from controller.model import BridgeKind, DesiredState
 from controller.pipeline import table_name
 from controller.problems import BulkheadError, InvalidInput, Problem, Severity
 from controller.statefile import load
-
-lab = click.Group("lab")
+from lab.cli import lab
 
 NO, UNKNOWN = 1, 2
 RUN_DIR = Path("/run/bulkhead")

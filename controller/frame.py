@@ -95,7 +95,7 @@ def frame_of(state: DesiredState, network: Network, ports: Mapping[str, Port], e
             vpn = PlacedVpn(member, port, network.vpn.port)
     egress_port = number(network.egress.port if network.egress else None)
     return Frame(
-        network=replace(network, members=(), rules=()),
+        network=replace(network, members=(), rules=(), ids=(0, 0), refuse=False),  # what no flow depends on
         local=network.prefixes,
         foreign=foreign,
         egress_port=egress_port,
