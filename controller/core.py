@@ -284,7 +284,9 @@ class Core:
         if applied.repair:
             return [self._log(Kind.DRIFT_REPAIRED, f"{switch.name} is as declared again: {words}", switch, data=data)]
         if applied.lost_all:
-            text = f"{switch.name} came back without its flows (ovs-vswitchd was restarted, or they were deleted): {words}"
+            text = (
+                f"{switch.name} came back without its flows (ovs-vswitchd was restarted, or they were deleted): {words}"
+            )
             data["restarted"] = True
         elif applied.first:
             text = f"{switch.name} adopted with {applied.adopted} flows of ours: {words}"
@@ -325,10 +327,13 @@ class Core:
     def _say_path(self, switch: Switch, flow: Flow, update: FlowUpdate) -> Log:
         target = flow.match.get(fields.IPV4_DST)
         address = Ipv4(target[0]) if target else None
+        network = self._network(switch)
+        member = next((m for m in network.members if m.address == address), None) if network else None
+        who, port = (f"{member.name} ({address})", member.port) if member else (str(address), None)
         if update.event is Update.REMOVED:
             why = {int(Reason.IDLE): "idle", int(Reason.HARD): "its time was up"}.get(update.reason, "deleted")
-            return self._log(Kind.PATH_EXPIRED, f"return path to {address} ended: {why}", switch, flow=flow)
-        return self._log(Kind.PATH_LEARNED, f"return path to {address} learned", switch, flow=flow)
+            return self._log(Kind.PATH_EXPIRED, f"return path to {who} ended: {why}", switch, flow=flow, port=port)
+        return self._log(Kind.PATH_LEARNED, f"return path to {who} learned", switch, flow=flow, port=port)
 
     # --------------------------------------------------------------------------------------------------------- ports
 
