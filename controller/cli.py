@@ -13,6 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table as Grid
 
 from controller import eventview
-from controller.compile import BridgeCompiler, Compiled, Names, planned_ports
+from controller.compile import BridgeCompiler, Compiled, Conflict, Names, planned_ports, try_out
 from controller.control import ask
 from controller.eventlog import Filter, follow, last_seq, read, verify
 from controller.events import Kind, Record, encode
@@ -66,6 +67,9 @@ def _reporting() -> Iterator[None]:
         yield
     except InvalidInput as exc:
         _print_problems(exc.problems)
+        sys.exit(NO)
+    except Conflict as exc:
+        _say(f"bulkhead: {exc}")
         sys.exit(NO)
     except BulkheadError as exc:
         _say(f"bulkhead: {exc}")
@@ -136,6 +140,7 @@ def check(file: Path, as_json: bool) -> None:
     """Say everything that is wrong with a state FILE; exit 1 if it cannot be used."""
     try:
         loaded = load(file)
+        try_out(loaded.state)
     except InvalidInput as exc:
         if not as_json:
             raise
@@ -367,6 +372,7 @@ def flows(bridges: tuple[str, ...], run_dir: Path, as_json: bool) -> None:
 @click.option("-f", "--follow", "following", is_flag=True, help="Go on with what happens from now.")
 @click.option("-n", "--last", type=click.IntRange(min=0), help="Only the newest so many (default with --follow: 10).")
 @click.option("--since", help="10m, 2h, 12:30 or 2026-01-01T00:00:00Z.")
+@click.option("--until", help="Likewise.")
 @click.option("--kind", "kinds", multiple=True, type=click.Choice([kind.value for kind in Kind]))
 @click.option("--network", "networks", multiple=True)
 @click.option("--container", "containers", multiple=True)
@@ -379,6 +385,7 @@ def events(
     following: bool,
     last: int | None,
     since: str | None,
+    until: str | None,
     kinds: tuple[str, ...],
     networks: tuple[str, ...],
     containers: tuple[str, ...],
@@ -390,12 +397,9 @@ def events(
     if verifying:
         _print_verdict(events_dir, as_json)
         return
-    try:
-        begin = eventview.parse_since(since) if since else None
-    except ValueError as exc:
-        raise BulkheadError(f"--since: {exc}") from exc
+    begin, end = _moment("--since", since), _moment("--until", until)
     wanted = Filter(
-        frozenset(map(Kind, kinds)), frozenset(networks), frozenset(containers), frozenset(bridge_names), begin
+        frozenset(map(Kind, kinds)), frozenset(networks), frozenset(containers), frozenset(bridge_names), begin, end
     )
     colour = sys.stdout.isatty()
     width = Console().width if colour else None
@@ -417,6 +421,13 @@ def events(
             if record.is_notice or wanted.accepts(record):
                 show(record)
                 sys.stdout.flush()
+
+
+def _moment(option: str, text: str | None) -> datetime | None:
+    try:
+        return eventview.parse_since(text) if text else None
+    except ValueError as exc:
+        raise BulkheadError(f"{option}: {exc}") from exc
 
 
 def _print_verdict(events_dir: Path, as_json: bool) -> None:

@@ -244,6 +244,12 @@ def planned_ports(state: DesiredState, bridge: Bridge) -> dict[str, Port]:
     return ports
 
 
+def try_out(state: DesiredState) -> None:
+    """Compile every bridge without a switch. Raises `Conflict` where two flows contradict each other."""
+    for bridge in state.bridges:
+        BridgeCompiler().compile(state, bridge, planned_ports(state, bridge))
+
+
 _APP_NAMES = {**APP_NAMES, CANARY_APP: "canary", UNDECLARED_APP: "undeclared"}
 
 _FIXED_OBJECTS = (

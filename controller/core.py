@@ -443,8 +443,18 @@ class Core:
                 sample = str(exc)
         who = self._container(switch, name)
         text = f"{who or name} {words}: {report.count} packet{'s' if report.count != 1 else ''}"
+        if any(kind is Violation.SPOOF for kind, _ in report.samples):
+            text += self._own_addresses(switch, name)
         data: dict[str, JSON] = {"count": report.count, "total": report.total, "kinds": kinds, "port": name}
         return self._log(Kind.VIOLATION, text, switch, port=name, packet=sample, data=data)
+
+    def _own_addresses(self, switch: Switch, port: str) -> str:
+        network = self._network(switch)
+        member = next((m for m in network.members if m.port == port), None) if network else None
+        if member is None:
+            return ""
+        routed = "".join(f", {prefix}" for prefix in member.routed)
+        return f"; it must use {member.mac} and {member.address}{routed}, or the state file must say otherwise"
 
     def _flow_gone(self, gone: FlowGone, now: float) -> Effects:
         switch = self.switches.get(gone.dpid)

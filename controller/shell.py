@@ -30,7 +30,7 @@ from os_ken.ofproto import ofproto_v1_4
 from controller import codec, fields
 from controller import wire as _wire  # noqa: F401  (mends os-ken's parser)
 from controller.codec import CodecError
-from controller.compile import Conflict
+from controller.compile import Conflict, try_out
 from controller.control import ControlSocket
 from controller.core import Core
 from controller.eventlog import EventLog
@@ -363,6 +363,7 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 def serve(settings: Settings) -> None:
     """Run the controller until it is told to stop. Raises `InvalidInput` and `BulkheadError` before it has begun."""
     loaded = load(settings.state_file)
+    try_out(loaded.state)
     for problem in loaded.problems:
         LOG.warning("%s", problem)
     log = EventLog(settings.events_dir, max_per_second=100)
