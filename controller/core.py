@@ -343,7 +343,10 @@ class Core:
             return []
         port = changed.port
         name = LOCAL_NAME if port.number == fields.LOCAL else port.name
+        if name == LOCAL_NAME and port.number != fields.LOCAL:
+            return []  # an interface that somebody called LOCAL is not the host's port
         before = switch.ports.get(name)
+        out: Effects = []
         if changed.gone:
             # A new port of that name may have come under another number before the old one's end was told.
             if before is not None and before.number == port.number:
@@ -351,9 +354,12 @@ class Core:
             elif before is not None:
                 return []
         else:
+            # A number is one port's: whoever had it before is gone, though his end may be told later or never.
+            for other in [n for n, p in switch.ports.items() if p.number == port.number and n != name]:
+                del switch.ports[other]
+                out.append(self._log(Kind.PORT_DOWN, f"port {other} of {switch.name} is gone", switch, port=other))
             switch.ports[name] = Port(port.number, name, port.mac, port.up)
         was_up, is_up = bool(before and before.up), not changed.gone and port.up
-        out: Effects = []
         if was_up != is_up or (before is None and not changed.gone):
             kind = Kind.PORT_UP if is_up else Kind.PORT_DOWN
             what = "gone" if changed.gone else "up" if is_up else "down"
