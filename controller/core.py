@@ -122,7 +122,6 @@ class Core:
         compiler = BridgeCompiler()
         switch = Switch(up.dpid, name, bridge, ports, Reconciler(up.dpid, undeclared(name)), compiler)
         switch.flows.was_ours = up.dpid in self._known
-        self._known.add(up.dpid)
         self.switches[up.dpid] = switch
         out: Effects = [
             self._log(
@@ -151,7 +150,7 @@ class Core:
                 f"{name} has datapath-id {_dpid(dpid)}, but {_dpid(found.datapath_id)} is declared; it is treated as "
                 f"unknown. Mend it: ovs-vsctl set bridge {name} other-config:datapath-id={_dpid(found.datapath_id)}"
             )
-        if any(s.bridge == found for s in self.switches.values()):
+        if any(s.bridge == found and s.dpid != dpid for s in self.switches.values()):
             return None, f"a second switch claims to be {name}; it is treated as unknown"
         return found, ""
 
@@ -277,6 +276,7 @@ class Core:
     def _say_applied(self, switch: Switch, applied: Applied | None) -> Effects:
         if applied is None:
             return []
+        self._known.add(switch.dpid)
         counts = applied.plan.counts
         words = ", ".join(f"{number} {what}" for what, number in counts.items()) if applied.plan else "nothing changed"
         data: dict[str, JSON] = {**counts, "adopted": applied.adopted, "state": self.state.digest}
