@@ -133,7 +133,7 @@ class Core:
         out += self._warnings()
         out += self._note_egress(switch)
         switch.flows.desired = self._compile(switch)
-        return out + switch.flows.start()
+        return out + switch.flows.start(now)
 
     def _recognise(self, dpid: int, name: str) -> tuple[Bridge | None, str]:
         for bridge in self.state.bridges:

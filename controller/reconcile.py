@@ -18,6 +18,8 @@ from controller.signals import Dump, Effect, Install
 
 REPAIR_EVERY_S = 0.5
 """Somebody who keeps changing our flows is answered so often, not at the speed of a loop."""
+DUMP_TIMEOUT_S = 30.0
+"""A switch that has not told its flows by then is asked again."""
 RETRY_FIRST_S = 1.0
 RETRY_MOST_S = 30.0
 
@@ -77,9 +79,10 @@ class Reconciler:
     _not_before: float = 0.0
     _retry_s: float = RETRY_FIRST_S
 
-    def start(self) -> list[Effect]:
+    def start(self, now: float) -> list[Effect]:
         """Ask what is there."""
         self.phase = Phase.DUMPING
+        self._not_before = now + DUMP_TIMEOUT_S
         return [Dump(self.dpid)]
 
     def want(self, desired: Compiled, now: float) -> tuple[list[Effect], Applied | None]:
@@ -92,7 +95,10 @@ class Reconciler:
         return self._applied(NOTHING, 0.0)
 
     def dumped(self, flows: tuple[FlowStats, ...], now: float) -> tuple[list[Effect], Applied | None]:
-        """What is there. Nothing is flushed: what is already right stays as it is."""
+        """What is there. Nothing is flushed: what is already right stays as it is. A late answer is not looked at."""
+        if self.phase is not Phase.DUMPING:
+            return [], None
+        self._not_before = now
         self.installed, self.learned = {}, {}
         for stats in flows:
             self._note(stats.flow)
@@ -149,8 +155,8 @@ class Reconciler:
         """Time has passed: retry or repair, if it is due."""
         if now < self._not_before:
             return [], None
-        if self.phase is Phase.FAILED:
-            return self.start(), None
+        if self.phase in (Phase.FAILED, Phase.DUMPING):
+            return self.start(now), None
         if self.phase is Phase.STEADY and self._repair:
             self._not_before = now + REPAIR_EVERY_S
             return self._advance(now)
