@@ -254,9 +254,11 @@ class Core:
         if switch is None:
             return []
         switch.offenders.adopt(dumped.flows)
+        told = set(switch.flows.foreign)
         effects, applied = switch.flows.dumped(dumped.flows, now)
         out = self._say_applied(switch, applied)
-        out += [self._say_foreign(switch, flow, "was there already") for flow in switch.flows.foreign]
+        news = [flow for flow in switch.flows.foreign if flow not in told]
+        out += [self._say_foreign(switch, flow, "was there already") for flow in news]
         return out + effects
 
     def _committed(self, committed: Committed, now: float) -> Effects:
