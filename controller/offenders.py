@@ -49,16 +49,24 @@ class Offenders:
     """The violations of one switch."""
 
     unreadable: int = 0
+    _adopted: bool = False
     _ports: dict[int, _Port] = field(default_factory=dict)
     _counts: dict[FlowKey, int] = field(default_factory=dict)
     _recent: dict[tuple[int, Violation], deque[float]] = field(default_factory=dict)
     _poll_at: float = 0.0
 
     def adopt(self, flows: tuple[FlowStats, ...]) -> None:
-        """Take the counters of a switch as they stand: what came before is not ours to report."""
+        """Take the counters of a switch as they stand: what came before is not ours to report.
+
+        Only the first time; when its flows are read again, the news since the last counting are counted.
+        """
         for stats in flows:
             if stats.flow.table == VIOLATION.id:
-                self._counts[stats.flow.key] = stats.packets
+                if self._adopted:
+                    self._add(stats.flow, stats.packets)
+                else:
+                    self._counts[stats.flow.key] = stats.packets
+        self._adopted = True
 
     def seen(self, packet: PacketIn, now: float) -> tuple[int, Violation, Flow | None] | None:
         """(port, kind, flow that quiets the offender if it has become noisy); None if it is no violation of ours."""
