@@ -19,7 +19,7 @@ from controller.flow import Flow, is_learned
 from controller.frame import LOCAL_NAME, Port
 from controller.model import Bridge, BridgeKind, DesiredState, Ipv4, Network
 from controller.offenders import Offenders, Report
-from controller.pipeline import Violation, table_name
+from controller.pipeline import RETURN, Violation, table_name
 from controller.reconcile import Applied, Changed, Phase, Reconciler
 from controller.signals import (
     AddFlow,
@@ -306,7 +306,7 @@ class Core:
     def _say_changed(self, switch: Switch, news: Changed) -> Effects:
         out: Effects = []
         for update in news.learned:
-            if update.flow is not None:
+            if update.flow is not None and update.flow.table == RETURN.id:  # a quieted offender is no path
                 out.append(self._say_path(switch, update.flow, update))
         for update in news.foreign:
             if update.flow is not None:
