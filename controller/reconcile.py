@@ -189,6 +189,6 @@ class Reconciler:
     def _applied(self, done: Plan, took_s: float) -> Applied:
         repair = self._repair and not self._first
         result = Applied(done, self._adopted, self._first, repair, took_s, self._lost_all)
-        self._first = self._repair = self._lost_all = False
+        self._first = self._lost_all = False
         self.was_ours = True
         return result
