@@ -1,6 +1,7 @@
 """Traffic for the lab: answers it, and tries it. Runs inside a host of the lab, on any Python 3.
 
-    probe.py serve tcp:9573 udp:51820     answers with the name given by --name; tells on stdout who came
+    probe.py serve tcp:9573 udp:51820     answers with the name given by --name; tells on stdout who came, and with
+                                          --watch INTERFACE every kind of packet that was seen there
     probe.py try < tries.json             runs all tries at once; prints one outcome for each
 
 A try is {"proto": "tcp|udp|icmp", "to": ADDRESS, "port": N, "from": ADDRESS, "spoof": ADDRESS, "timeout_s": S}; an outcome
@@ -26,6 +27,7 @@ TIMEOUT_S = 1.5
 AGAIN_S = 0.4
 """A lost datagram is sent again so soon: a flow just learned takes effect only when the datapath's cache is done."""
 ECHO_REPLY, UNREACHABLE, ECHO = 0, 3, 8
+ETH_P_IP, PACKET_OUTGOING, TCP_RST = 0x0800, 4, 0x04
 REFUSALS = frozenset({errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EACCES, errno.ENOPROTOOPT})
 """What the kernel makes of a TCP reset and of ICMP destination unreachable."""
 MAX_BYTES = 2048
@@ -37,9 +39,11 @@ Outcome = dict[str, Any]
 # -- answering --------------------------------------------------------------------------------------------------------
 
 
-def serve(name: str, endpoints: list[str]) -> None:
+def serve(name: str, endpoints: list[str], interfaces: list[str]) -> None:
     """Answer on every endpoint until stdin ends. One line on stdout per request: proto, port, sender, what it said."""
     sockets: dict[socket.socket, tuple[str, int]] = {}
+    watched = [watch(interface) for interface in interfaces]
+    seen: set[str] = set()
     for endpoint in endpoints:
         proto, _, port = endpoint.partition(":")
         kind = socket.SOCK_STREAM if proto == "tcp" else socket.SOCK_DGRAM
@@ -51,11 +55,13 @@ def serve(name: str, endpoints: list[str]) -> None:
         sockets[server] = (proto, int(port))
     print("ready", flush=True)
     while True:
-        ready = select.select([*sockets, sys.stdin], [], [])[0]
+        ready = select.select([*sockets, *watched, sys.stdin], [], [])[0]
         if sys.stdin in ready:  # nobody can signal us from outside: what they know the process id of is nsenter's
             return
         for server in sockets.keys() & set(ready):
             answer(name, server, *sockets[server])
+        for sock in set(watched) & set(ready):
+            note(sock, seen)
 
 
 def answer(name: str, server: socket.socket, proto: str, port: int) -> None:
@@ -77,6 +83,34 @@ def answer(name: str, server: socket.socket, proto: str, port: int) -> None:
 def reply(name: str, server: socket.socket, sender: tuple[str, int]) -> None:
     """Answer a datagram."""
     server.sendto(name.encode(), sender)
+
+
+def watch(interface: str) -> socket.socket:
+    """All IPv4 packets of an interface (packet(7))."""
+    sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_IP))
+    sock.bind((interface, ETH_P_IP))
+    return sock
+
+
+def note(sock: socket.socket, seen: set[str]) -> None:
+    """Print what kind of packet came in, once for each kind; what went out and refusals are not of interest."""
+    packet, address = sock.recvfrom(MAX_BYTES)
+    line = kind_of(packet) if address[2] != PACKET_OUTGOING else None
+    if line is not None and line not in seen:
+        seen.add(line)
+        print("saw", line, flush=True)
+
+
+def kind_of(packet: bytes) -> str | None:
+    """`SENDER PROTO SOURCE_PORT PORT`, with an ICMP type for ports; None for a reset and for ICMP unreachable."""
+    sender, inner = socket.inet_ntoa(packet[12:16]), packet[(packet[0] & 0xF) * 4 :]
+    if packet[9] == socket.IPPROTO_ICMP:
+        return None if inner[0] == UNREACHABLE else f"{sender} icmp {inner[0]} {inner[0]}"
+    if packet[9] == socket.IPPROTO_TCP and inner[13] & TCP_RST:
+        return None
+    proto = {socket.IPPROTO_TCP: "tcp", socket.IPPROTO_UDP: "udp"}.get(packet[9])
+    ports = struct.unpack("!HH", inner[:4]) if proto else (0, 0)
+    return f"{sender} {proto or packet[9]} {ports[0]} {ports[1]}"
 
 
 # -- trying -----------------------------------------------------------------------------------------------------------
@@ -211,11 +245,12 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     server = commands.add_parser("serve")
     server.add_argument("--name", default="server")
+    server.add_argument("--watch", action="append", default=[], metavar="INTERFACE")
     server.add_argument("endpoints", nargs="+")
     commands.add_parser("try")
     options = parser.parse_args()
     if options.command == "serve":
-        serve(options.name, options.endpoints)
+        serve(options.name, options.endpoints, options.watch)
     else:
         json.dump(run_tries(json.load(sys.stdin)), sys.stdout)
     return 0

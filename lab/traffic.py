@@ -19,6 +19,7 @@ from lab.manager import LabError, Status, spawn
 Outcome = Literal["reply", "refused", "silence", "error"]
 SERVERS_LIMIT_S = 10.0
 TRY_LIMIT_S = 60.0
+NOTHING: Mapping[str, Sequence[str]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +74,14 @@ class Traffic:
                 server.wait(5)
         self._files.cleanup()
 
-    def serve(self, endpoints: Mapping[str, Sequence[str]]) -> None:
-        """Start a server in each host for its endpoints (`tcp:443`), each answering with its host's name."""
+    def serve(self, endpoints: Mapping[str, Sequence[str]], watch: Mapping[str, Sequence[str]] = NOTHING) -> None:
+        """Start a server in each host for its endpoints (`tcp:443`), each answering with its host's name.
+
+        `watch` names interfaces, by host, whose incoming packets are noted, answered or not.
+        """
         for host, wanted in endpoints.items():
-            command = _probe("serve", "--name", host, *wanted)
+            watched = [f"--watch={interface}" for interface in watch.get(host, ())]
+            command = _probe("serve", "--name", host, *watched, *wanted)
             with self._heard(host).open("wb") as out:
                 self._servers[host] = spawn(
                     self.lab, host, command, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT
@@ -93,6 +98,13 @@ class Traffic:
 
     def heard(self, host: str) -> list[str]:
         """What the server of a host was asked so far: `udp 4000 10.0.0.102 hello`."""
+        return [line for line in self._lines(host) if not line.startswith("saw ")]
+
+    def saw(self, host: str) -> list[str]:
+        """Kinds of packets that came in by a host's watched interfaces: `10.0.0.102 udp 40000 53`."""
+        return [line.removeprefix("saw ") for line in self._lines(host) if line.startswith("saw ")]
+
+    def _lines(self, host: str) -> list[str]:
         return self._heard(host).read_text().splitlines()[1:]
 
     def _heard(self, host: str) -> Path:
