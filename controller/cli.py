@@ -339,6 +339,9 @@ def _print_status(reply: dict[str, Any]) -> None:
         counts = [str(b[key]) for key in ("flows", "learned", "foreign")]
         grid.add_row(b["name"], b["kind"], b["network"], b["phase"], *counts, egress, " ".join(b["missing_ports"]))
     _print_grid(grid)
+    for b in reply["bridges"]:
+        for warning in b.get("warnings", ()):
+            click.echo(warning)
     if reply["undeclared"]:
         click.echo(f"connected but not declared: {', '.join(reply['undeclared'])}")
     if reply["internal_errors"]:

@@ -83,7 +83,7 @@ class Core:
         self.names = Names([state])
         self.switches: dict[int, Switch] = {}
         self.facts: dict[str, BridgeFacts] = {}
-        self._warned: set[tuple[str, str]] = set()
+        self._warned: dict[tuple[str, str], str] = {}
         self._unhealthy: set[str] = set()
         self._known: set[int] = set()
         self._handlers: dict[type, Callable[..., Effects]] = {
@@ -179,9 +179,9 @@ class Core:
             }
             for what, text in problems.items():
                 if not text:
-                    self._warned.discard((name, what))
+                    self._warned.pop((name, what), None)
                 elif (name, what) not in self._warned:
-                    self._warned.add((name, what))
+                    self._warned[name, what] = text
                     out.append(self._log(Kind.SWITCH_WARNING, text, self._by_name(name), data={"problem": what}))
         return out
 
@@ -548,6 +548,7 @@ class Core:
             "egress_up": switch.egress_up,
             "missing_ports": list(switch.missing),
             "unreadable": switch.offenders.unreadable,
+            "warnings": [text for (name, _), text in self._warned.items() if name == switch.name],
             "ports": [
                 {"name": p.name, "number": p.number, "up": p.up, "container": self._container(switch, p.name)}
                 for p in sorted(switch.ports.values(), key=lambda p: p.number)
