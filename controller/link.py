@@ -79,6 +79,7 @@ class Link:
         self._collecting: dict[int, _Collecting] = {}
         self._installing: _Installing | None = None
         self._meter_xid = 0
+        self._watching = False
         self._sender = hub.spawn(self._send_loop)
 
     def _send_loop(self) -> None:
@@ -109,7 +110,9 @@ class Link:
         match effect:
             case Dump():
                 self._see_to_meter()
-                self._send(codec.flow_monitor_request(self._next(), MONITOR_ID))
+                if not self._watching:  # the switch refuses a second monitor of the same number
+                    self._watching = True
+                    self._send(codec.flow_monitor_request(self._next(), MONITOR_ID))
                 self.request_flows(lambda flows: self._feed(Dumped(self.dpid, flows)))
             case Count():
                 self.request_flows(lambda flows: self._feed(Counted(self.dpid, flows)), VIOLATION.id)
