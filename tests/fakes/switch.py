@@ -109,8 +109,13 @@ class Ambiguous(AssertionError):
 # ------------------------------------------------------------------------------------------------------------ packets
 
 
-def packet(in_port: int, **values: int | str) -> Packet:
-    """A packet by field names. Texts are addresses. The protocol fields that others imply are filled in."""
+Values = Mapping[str, int | str]
+"""Header fields by name; texts are addresses."""
+
+
+def packet(in_port: int, *headers: Values, **more: int | str) -> Packet:
+    """A packet by field names. The protocol fields that others imply are filled in."""
+    values = {name: value for header in (*headers, more) for name, value in header.items()}
     found = {BY_NAME[name].header: _number(BY_NAME[name], value) for name, value in values.items()}
     found[fields.IN_PORT_FIELD.header] = in_port
     for prefix, header, value in _IMPLIED:
@@ -471,17 +476,19 @@ class FakeSwitch:
 
     # ------------------------------------------------------------------------------------------------------ packets
 
-    def trace(self, in_port: int, table: int = 0, **values: int | str) -> Outcome:
+    def trace(self, in_port: int, *headers: Values, table: int = 0, **more: int | str) -> Outcome:
         """What would become of a packet; changes nothing. `table` starts it further down, with registers as given."""
-        return self.follow(packet(in_port, **values), table)
+        return self.follow(packet(in_port, *headers, **more), table)
 
     def follow(self, start: Mapping[int, int], table: int = 0) -> Outcome:
         """The same for a packet that is there already."""
         return self._outcome(self._walk(_Walk(dict(start), start[fields.IN_PORT_FIELD.header], real=False), table))
 
-    def send(self, in_port: int, *, data: bytes = b"", **values: int | str) -> tuple[Outcome, list[Signal]]:
+    def send(
+        self, in_port: int, *headers: Values, data: bytes = b"", **more: int | str
+    ) -> tuple[Outcome, list[Signal]]:
         """Send a packet in: counters count, `learn` learns, the controller is shown what it is to be shown."""
-        return self.push(packet(in_port, **values), data)
+        return self.push(packet(in_port, *headers, **more), data)
 
     def push(self, start: Mapping[int, int], data: bytes = b"") -> tuple[Outcome, list[Signal]]:
         """The same for a packet that is there already."""
@@ -673,9 +680,9 @@ class Wired:
         """A new state file."""
         return self.say(StateLoaded(state, "state.yaml"))
 
-    def send(self, switch: FakeSwitch, in_port: int, *, data: bytes = b"", **values: int | str) -> Outcome:
+    def send(self, switch: FakeSwitch, in_port: int, *headers: Values, data: bytes = b"", **more: int | str) -> Outcome:
         """Send a packet into a switch and let the core hear of what it is told."""
-        outcome, signals = switch.send(in_port, data=data, **values)
+        outcome, signals = switch.send(in_port, *headers, data=data, **more)
         self.say(*signals)
         return outcome
 
