@@ -14,7 +14,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: packages $(VENV)/ready ## start a lab, show what passes and what is blocked, follow the events (root)
-	$(BIN)/python -m lab demo $(DEMO)
+	$(BIN)/bulkhead lab demo $(DEMO)
 
 test: packages $(VENV)/ready ## every test (root; those that need it are skipped otherwise). TESTS=path for some
 	$(BIN)/python -m pytest $(TESTS)

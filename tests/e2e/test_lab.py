@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from controller.cli import main as command_line
 from controller.statefile import load
 from lab import cli as lab_cli
 from lab import demo, manager, places
@@ -595,6 +596,10 @@ def test_topology_for_mn(tmp_path: Path, source: str) -> None:
     assert re.search(r"secure\s+netdev\s+\"000002d54f26bf29\"", said)
     received = re.findall(r"(\d) received", said)
     assert received == ["1", "0"], said
+
+
+def test_lab_is_a_part_of_the_command() -> None:
+    assert command_line.commands["lab"] is lab_cli.lab
 
 
 def test_places() -> None:
