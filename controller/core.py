@@ -150,6 +150,12 @@ class Core:
                 f"{name} has datapath-id {_dpid(dpid)}, but {_dpid(found.datapath_id)} is declared; it is treated as "
                 f"unknown. Mend it: ovs-vsctl set bridge {name} other-config:datapath-id={_dpid(found.datapath_id)}"
             )
+        fact = self.facts.get(name)
+        if fact is not None and fact.dpid != dpid:
+            return None, (
+                f"a switch with datapath-id {_dpid(dpid)} claims to be {name}, which OVSDB says is {_dpid(fact.dpid)}; "
+                "it is treated as unknown. Find out what connects here: ss -tnp"
+            )
         if any(s.bridge == found and s.dpid != dpid for s in self.switches.values()):
             return None, f"a second switch claims to be {name}; it is treated as unknown"
         return found, ""
@@ -163,7 +169,19 @@ class Core:
 
     def _facts_seen(self, seen: FactsSeen, now: float) -> Effects:
         self.facts = {fact.name: fact for fact in seen.bridges}
-        return self._warnings()
+        out = self._warnings()
+        before = {switch.dpid: switch.bridge for switch in self.switches.values()}
+        known = {fact.dpid: fact.name for fact in seen.bridges}
+        for switch in self.switches.values():
+            switch.name = known.get(switch.dpid, switch.name)
+            switch.bridge = None
+        for switch in self.switches.values():
+            switch.bridge, trouble = self._recognise(switch.dpid, switch.name)
+            if switch.bridge != before[switch.dpid]:
+                if trouble:
+                    out.append(self._log(Kind.UNKNOWN_BRIDGE, trouble, switch, data={"dpid": _dpid(switch.dpid)}))
+                out += self._note_egress(switch) + self._want(switch, now)
+        return out
 
     def _warnings(self) -> Effects:
         out: Effects = []

@@ -712,6 +712,32 @@ def test_a_second_switch_of_one_name_is_unknown() -> None:
     assert "a second switch claims to be vmbr0" in wired.of(Kind.UNKNOWN_BRIDGE)[0].text
 
 
+def test_a_switch_that_claims_a_name_ovsdb_gives_to_another_is_unknown_even_if_it_comes_first() -> None:
+    impostor, real = FakeSwitch("vmbr0", 55, {"veth102": 4}), switch_for(STATE, "vmbr0")
+    wired = Wired(STATE, impostor)
+    wired.say(FactsSeen((BridgeFacts("vmbr0", real.dpid, "secure", False),)))
+    wired.up()
+    assert impostor.ours() == {UNDECLARED_FLOW, CANARY_FLOW}
+    assert "claims to be vmbr0" in wired.of(Kind.UNKNOWN_BRIDGE)[0].text
+    wired.switches[real.dpid] = real
+    wired.up()
+    assert wired.core.switches[real.dpid].bridge == STATE.bridges[0]
+
+
+def test_what_ovsdb_says_later_unmasks_an_impostor() -> None:
+    impostor, real = FakeSwitch("vmbr0", 55, {"veth102": 4}), switch_for(STATE, "vmbr0")
+    wired = Wired(STATE, impostor)
+    wired.up()
+    assert wired.core.switches[55].bridge == STATE.bridges[0]
+    wired.switches[real.dpid] = real
+    wired.up()
+    assert wired.core.switches[real.dpid].bridge is None
+    wired.say(FactsSeen((BridgeFacts("vmbr0", real.dpid, "secure", False),)))
+    assert impostor.ours() == {UNDECLARED_FLOW, CANARY_FLOW}
+    assert wired.core.switches[real.dpid].bridge == STATE.bridges[0]
+    assert len(real.ours()) > 50
+
+
 def test_a_bridge_becomes_known_and_unknown_with_the_state() -> None:
     only = state_of(MANAGEMENT)
     wired, switches = started()
