@@ -365,7 +365,8 @@ def flows(bridges: tuple[str, ...], run_dir: Path, as_json: bool) -> None:
         grid = _grid("TABLE", "PRIO", "APP", "OBJECT", "PACKETS", "MATCH", "ACTIONS")
         for f in reply["flows"]:
             app = f"{f['app']}*" if f["learned"] else f["app"]
-            row = (f["table_name"], str(f["priority"]), app, f["object"], str(f["packets"]), f["match"], f["actions"])
+            name = f"{f['object']} ({f['container']})" if f["container"] else f["object"]
+            row = (f["table_name"], str(f["priority"]), app, name, str(f["packets"]), f["match"], f["actions"])
             grid.add_row(*map(escape, row))
         _print_grid(grid)
 

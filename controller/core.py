@@ -595,6 +595,14 @@ class Core:
             out.append({"bridge": bridge.name, "connected": True, **todo.counts, "changes": changes})
         return out
 
+    def _container_named(self, name: str) -> str | None:
+        """The container that an object such as `member/102` or `service/102/https` belongs to."""
+        parts = name.split("/")
+        if parts[0] not in ("member", "service") or len(parts) < 2:
+            return None
+        members = (member for network in self.state.networks for member in network.members)
+        return next((member.name for member in members if member.id == parts[1]), None)
+
     def flow_row(self, switch: Switch, stats: FlowStats) -> dict[str, JSON]:
         """One installed flow as `bulkhead flows` shows it."""
         flow = stats.flow
@@ -606,6 +614,7 @@ class Core:
             "priority": flow.priority,
             "app": app,
             "object": name,
+            "container": self._container_named(name),
             "packets": stats.packets,
             "bytes": stats.octets,
             "age_s": round(stats.age_s, 1),
