@@ -7,7 +7,7 @@ Imports everything below the shell, and neither os-ken's controller nor any cloc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from apps.packet_in import QUIET_S
@@ -595,16 +595,12 @@ class Core:
             out.append({"bridge": bridge.name, "connected": True, **todo.counts, "changes": changes})
         return out
 
-    def _container_named(self, name: str) -> str | None:
-        """The container that an object such as `member/102` or `service/102/https` belongs to."""
-        parts = name.split("/")
-        if parts[0] not in ("member", "service") or len(parts) < 2:
-            return None
-        members = (member for network in self.state.networks for member in network.members)
-        return next((member.name for member in members if member.id == parts[1]), None)
+    def flow_rows(self, switch: Switch, flows: Iterable[FlowStats]) -> list[dict[str, JSON]]:
+        """Installed flows as `bulkhead flows` shows them; `container` is whom objects such as `member/102` belong to."""
+        containers = {member.id: member.name for network in self.state.networks for member in network.members}
+        return [self._flow_row(switch, stats, containers) for stats in flows]
 
-    def flow_row(self, switch: Switch, stats: FlowStats) -> dict[str, JSON]:
-        """One installed flow as `bulkhead flows` shows it."""
+    def _flow_row(self, switch: Switch, stats: FlowStats, containers: Mapping[str, str]) -> dict[str, JSON]:
         flow = stats.flow
         mesh = switch.bridge is not None and switch.bridge.kind is BridgeKind.MESH
         app, name = self.names.owner(flow.cookie) or ("foreign", f"cookie {flow.cookie:#x}")
@@ -614,7 +610,7 @@ class Core:
             "priority": flow.priority,
             "app": app,
             "object": name,
-            "container": self._container_named(name),
+            "container": containers.get(name.split("/")[1]) if name.startswith(("member/", "service/")) else None,
             "packets": stats.packets,
             "bytes": stats.octets,
             "age_s": round(stats.age_s, 1),

@@ -341,7 +341,7 @@ class Bulkhead(app_manager.OSKenApp):  # type: ignore[misc]
 
         def done(flows: tuple[codec.FlowStats, ...]) -> None:
             rows = sorted(flows, key=lambda s: (s.flow.table, -s.flow.priority, s.flow.key))
-            reply({"bridge": bridge, "flows": [self.core.flow_row(switch, stats) for stats in rows]})
+            reply({"bridge": bridge, "flows": self.core.flow_rows(switch, rows)})
 
         link.request_flows(done)
 

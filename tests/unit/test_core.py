@@ -838,7 +838,7 @@ def test_plan_tells_what_a_state_would_change_and_changes_nothing() -> None:
 def test_a_row_of_flows_names_table_app_and_object() -> None:
     wired, switches = started()
     core_switch = wired.core.switches[switches["vmbr0"].dpid]
-    rows = [wired.core.flow_row(core_switch, stats) for stats in switches["vmbr0"].stats()]
+    rows = wired.core.flow_rows(core_switch, switches["vmbr0"].stats())
     assert {"ADMIT", "ISOLATE", "OUTPUT_GUARD", "CANARY"} <= {row["table_name"] for row in rows}
     assert ("isolation", "network/management") in {(row["app"], row["object"]) for row in rows}
 
