@@ -79,7 +79,7 @@ def _throughput(hosts: list[Host], peers: list[Host], seconds: int, rounds: int)
         order = [(hosts, ours), (peers, plain)]
         for pair, into in order if number % 2 == 0 else reversed(order):
             into.append(_iperf(pair, seconds))
-    ratio = statistics.median(ours) / statistics.median(plain)
+    ratio = statistics.median(a / b for a, b in zip(ours, plain, strict=True))
     yield Figure("iperf3 TCP through the pipeline", statistics.median(ours), "Gbit/s", detail=spread(ours))
     yield Figure("iperf3 TCP, a single NORMAL flow", statistics.median(plain), "Gbit/s", detail=spread(plain))
     yield Figure("pipeline / NORMAL", ratio, "ratio", "at least 0.9", ratio >= 0.9)
