@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from apps.base import ARP, IPV4, UDP, App
 from controller.flow import Flow
-from controller.frame import Frame, Placed
+from controller.frame import Frame, Placed, address_range
 from controller.model import Ipv4, Mac, Prefix
 from controller.pipeline import GRANT, NEIGHBOUR, SPOOF_GUARD, Band, MatchValue, Violation, go, violation
 
@@ -14,10 +14,11 @@ from controller.pipeline import GRANT, NEIGHBOUR, SPOOF_GUARD, Band, MatchValue,
 class SpoofGuard(App):
     """SPOOF_GUARD.
 
-    500 a DHCP server is a violation; 400 from the mesh, an address of a member of this host is a violation; 350 from
-    mesh, egress or host, another network's address is a violation; 300 own addresses go on (IPv4 to GRANT, ARP to
-    NEIGHBOUR); 250 from egress or host, this network's addresses are a violation; 200 egress and VPN clients may come
-    from anywhere else; 100 the rest is a violation.
+    500 a DHCP server is a violation; 400 from the mesh, an address of a member of this host, of its gateway or host, or
+    the first or last of the subnet, which are nobody's, is a violation; 350 from mesh, egress or host, another network's
+    address is a violation; 300 own addresses go on (IPv4 to GRANT, ARP to NEIGHBOUR); 250 from egress or host, this
+    network's addresses are a violation; 200 egress and VPN clients may come from anywhere else; 100 the rest is a
+    violation.
     """
 
     id = 2
@@ -55,10 +56,9 @@ class SpoofGuard(App):
     def _mesh(self, frame: Frame, port: int, mac: Mac, prefixes: tuple[Prefix, ...]) -> Iterator[Flow]:
         own = self.own("port/mesh")
         yield from self._deny_foreign(frame, port, own)
-        for address in filter(None, (frame.network.gateway, frame.network.host)):
+        network = frame.network
+        for address in dict.fromkeys(filter(None, (network.gateway, network.host, *address_range(network.subnet)))):
             yield from self._deny_sources(port, own, Band.DENY, address)
-            if frame.network.host == frame.network.gateway:
-                break
         for prefix in prefixes:
             yield SPOOF_GUARD.flow(
                 Band.OWN, own, go(GRANT), in_port=port, eth_src=mac, eth_type=IPV4, ipv4_src=_pair(prefix)
