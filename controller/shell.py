@@ -40,6 +40,7 @@ from controller.link import Link
 from controller.listen import Listen, Listener
 from controller.model import Mac
 from controller.ovsdb import Facts
+from controller.problems import InvalidInput
 from controller.signals import (
     Effect,
     FactsSeen,
@@ -55,7 +56,6 @@ from controller.signals import (
     SwitchUp,
     Tick,
 )
-from controller.problems import InvalidInput
 from controller.statefile import load
 
 TICK_S = 0.25
