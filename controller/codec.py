@@ -73,6 +73,9 @@ def _pad8(data: bytes) -> bytes:
     return data + bytes(-len(data) % 8)
 
 
+_BASIC = fields.OPENFLOW_BASIC << 16
+
+
 @lru_cache(maxsize=1 << 16)
 def _oxm(header: int, value: int, mask: int) -> bytes:
     field = fields.by_header(header)
@@ -83,9 +86,16 @@ def _oxm(header: int, value: int, mask: int) -> bytes:
     return masked + value.to_bytes(size, "big") + mask.to_bytes(size, "big")
 
 
+def _oxms(match: Match) -> bytes:
+    """The fields of a match, OpenFlow's own first: what they are needed for (ip_frag needs eth_type) comes behind them."""
+    items = [_oxm(*item) for item in match]
+    extensions = sum([header < _BASIC for header, _, _ in match])
+    return b"".join(items[extensions:] + items[:extensions])
+
+
 def encode_match(match: Match) -> bytes:
     """The match structure with its padding."""
-    body = b"".join([_oxm(*item) for item in match])
+    body = _oxms(match)
     size = 4 + len(body)
     return struct.pack("!HH", 1, size) + body + bytes(-size % 8)
 
@@ -183,7 +193,7 @@ def flow_mod_body(flow: Flow, command: int) -> bytes:
         flow.flags,
         0,
     )
-    body = b"".join([_oxm(*item) for item in flow.match])
+    body = _oxms(flow.match)
     size = 4 + len(body)
     matched = head + b"\x00\x01" + size.to_bytes(2, "big") + body + _ZEROS[-size % 8]
     return matched if delete else matched + _instructions(flow.actions, flow.goto)
