@@ -11,6 +11,9 @@ from controller.frame import Frame
 from controller.model import Prefix, Role
 from controller.pipeline import EGRESS, FORWARD, OUTPUT_GUARD, Band, Violation, deliver, go, role_value, violation
 
+ANY_FRAGMENT = (1, 1)
+"""Of `ip_frag`: the first or a later one (`ovs-fields(7)`, nw_frag)."""
+
 NOT_THE_WORLD = tuple(
     Prefix.parse(text)
     for text in (
@@ -31,9 +34,10 @@ class Egress(App):
     """EGRESS.
 
     500 a learned return path has decided; 450 from the egress without one is unsolicited; 400 this network's own
-    addresses go to FORWARD; 350 the VPN server's replies without a learned client drop, rather than enter the tunnel;
-    300 what is not the world drops; 200 containers and mesh leave through the egress, teaching the way back, or drop
-    while the tunnel is down; 150 in a network without egress it is a violation; miss drops.
+    addresses go to FORWARD; 350 the VPN server's replies without a learned client, and its own UDP fragments, drop
+    rather than enter the tunnel; 300 what is not the world drops; 200 containers and mesh leave through the egress,
+    teaching the way back, or drop while the tunnel is down; 150 in a network without egress it is a violation; miss
+    drops.
     """
 
     id = 7
@@ -47,14 +51,11 @@ class Egress(App):
         for prefix in frame.local:
             yield EGRESS.flow(Band.DENY, own, go(FORWARD), eth_type=IPV4, ipv4_dst=(prefix.address, prefix.mask))
         if frame.vpn is not None:
-            yield EGRESS.flow(
-                Band.CLAIMED,
-                self.own(f"service/{frame.vpn.member.id}/vpn"),
-                in_port=frame.vpn.port,
-                eth_type=IPV4,
-                ip_proto=UDP,
-                udp_src=frame.vpn.udp_port,
-            )
+            reply = {"in_port": frame.vpn.port, "eth_type": IPV4, "ip_proto": UDP}
+            vpn = self.own(f"service/{frame.vpn.member.id}/vpn")
+            yield EGRESS.flow(Band.CLAIMED, vpn, udp_src=frame.vpn.udp_port, **reply)
+            # A fragment shows no ports, so any of the server's own may be a piece of a reply.
+            yield EGRESS.flow(Band.CLAIMED, vpn, ipv4_src=frame.vpn.member.address, ip_frag=ANY_FRAGMENT, **reply)
         for prefix in NOT_THE_WORLD:
             yield EGRESS.flow(Band.OWN, self.own("world/not"), eth_type=IPV4, ipv4_dst=(prefix.address, prefix.mask))
         if network.egress is None:

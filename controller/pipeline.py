@@ -191,7 +191,7 @@ EGRESS = Table(
     70,
     "EGRESS",
     "traffic to the world: learn the return path, out of the egress leg; drop when the tunnel is down",
-    _fields("reg0", "reg3", "in_port", "eth_type", "ip_proto", "ipv4_dst", "udp_src"),
+    _fields("reg0", "reg3", "in_port", "eth_type", "ip_proto", "ip_frag", "ipv4_src", "ipv4_dst", "udp_src"),
     (SetField, Learn),
     (FORWARD, OUTPUT_GUARD, VIOLATION),
 )
