@@ -240,8 +240,12 @@ class Controller:
 
     def wait_steady(self, bridges: Sequence[str] = BRIDGES, timeout_s: float = 15) -> None:
         """Wait until `steady`."""
-        wait_for(lambda: self.steady(bridges) or not self.alive(), timeout_s, lambda: self.log())
+        wait_for(lambda: self.steady(bridges) or not self.alive(), timeout_s, self.last_words)
         assert self.alive(), self.log()
+
+    def last_words(self) -> str:
+        """The newest events, and the end of the log."""
+        return "\n".join([*(record.text for record in self.events()[-12:]), *self.log().splitlines()[-8:]])
 
     def flows(self, bridge: str) -> list[dict[str, Any]]:
         """What `bulkhead flows BRIDGE --json` prints."""
