@@ -28,7 +28,7 @@ from enum import StrEnum
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import BinaryIO, Final, NamedTuple, Self
 
 from controller.events import (
     GENESIS,
@@ -53,6 +53,7 @@ _MAX_LINE: Final = 64 * 1024
 # Kept free below the bound, so that the record which says what is removed still fits before it is removed.
 _SPARE: Final = 1024
 _CHUNK: Final = 4 * _MAX_LINE
+_OPEN_AHEAD: Final = 256
 _SEGMENT_NAME: Final = re.compile(r"events-([0-9]{20})\.jsonl", re.ASCII)
 # Not splitlines(), which also splits at carriage returns.
 _LINES: Final = re.compile(rb"[^\n]*\n")
@@ -118,9 +119,18 @@ def _segment(directory: Path, first: int) -> _Segment:
 
 
 def _segments(directory: Path) -> list[_Segment]:
-    """The segments, oldest first. Raises `OSError`."""
+    """The segments, oldest first, without a hole that only the listing makes. Raises `OSError`.
+
+    A directory is not listed at one moment: of two segments made meanwhile the later may show and the earlier not.
+    Whatever is older than the newest of one listing is sure to be in the next.
+    """
+    newest = max(_listed(directory), default=0)
+    return [_segment(directory, first) for first in sorted(_listed(directory)) if first <= newest]
+
+
+def _listed(directory: Path) -> list[int]:
     found = (_SEGMENT_NAME.fullmatch(name) for name in os.listdir(directory))
-    return sorted(_segment(directory, int(match[1])) for match in found if match)
+    return [int(match[1]) for match in found if match]
 
 
 def _encode_head(head: Head) -> bytes:
@@ -932,11 +942,11 @@ def verify(directory: Path) -> Verdict:
     Raises `EventLogError` if it cannot be read. A log that begins later than 1 is accepted only if one of its own
     sound records says that everything before was removed to keep the bound.
     """
-    for _ in range(10):
+    for _ in range(100):
         try:
             return _verify_once(directory)
         except FileNotFoundError:
-            continue  # the writer removed its oldest segment under us: begin anew
+            continue  # the writer removed its oldest segment before we had it open: begin anew
         except OSError as exc:
             raise _unreadable(directory, exc) from exc
     raise EventLogError(f"{directory}: segments are removed faster than they can be verified; try again later.")
@@ -948,21 +958,43 @@ def _verify_once(directory: Path) -> Verdict:
     if not directory.is_dir():
         return Verdict(None, None, 0, (Finding(Damage.MISSING, f"there is no event log in {directory}"),))
     before = _read_head(directory)
-    segments = _segments(directory)
-    if before is None and not segments:
+    if before is None and not _segments(directory):
         return Verdict(None, None, 0, (Finding(Damage.MISSING, f"there is no event log in {directory}"),))
     audit = _Audit(before)
-    for number, segment in enumerate(segments):
-        audit.segment(segment, is_last=number == len(segments) - 1)
+    for segment, file, is_last in _held_open(directory):
+        audit.segment(segment, file, is_last=is_last)
     audit.ends(_read_head(directory))
     return audit.verdict()
 
 
-def _lines_of(path: Path) -> Iterator[bytes]:
+def _held_open(directory: Path) -> Iterator[tuple[_Segment, BinaryIO, bool]]:
+    """Each segment, open, and whether it is the last. Raises `FileNotFoundError` if a busy writer was faster.
+
+    Many are opened ahead, since what is open can be read even after it was removed. The newest are listed only when
+    the oldest are open, so that whatever says that still older ones were removed is among them.
+    """
+    with contextlib.ExitStack() as stack:
+        held: deque[tuple[_Segment, BinaryIO]] = deque()
+        listed = _segments(directory)
+        for segment in listed[:_OPEN_AHEAD]:
+            try:
+                held.append((segment, stack.enter_context(segment.path.open("rb"))))
+            except FileNotFoundError:
+                if held or segment is listed[-1]:
+                    raise
+        rest = iter([segment for segment in _segments(directory) if held and segment > held[-1][0]])
+        while held:
+            segment, file = held.popleft()
+            if (following := next(rest, None)) is not None:
+                held.append((following, stack.enter_context(following.path.open("rb"))))
+            yield segment, file, not held
+            file.close()
+
+
+def _lines_of(file: BinaryIO) -> Iterator[bytes]:
     """The lines of a file, with their ends; a line longer than ours can be comes in pieces."""
-    with path.open("rb") as file:
-        while line := file.readline(_MAX_LINE + 1):
-            yield line
+    while line := file.readline(_MAX_LINE + 1):
+        yield line
 
 
 class _Audit:
@@ -994,17 +1026,16 @@ class _Audit:
 
     # - segments and lines
 
-    def segment(self, segment: _Segment, *, is_last: bool) -> None:
+    def segment(self, segment: _Segment, file: BinaryIO, *, is_last: bool) -> None:
         """Check the lines of one file."""
         name = segment.path.name
-        lines = 0
-        size = 0
-        for lines, line in enumerate(_lines_of(segment.path), start=1):
-            if lines == 1:
+        offset = 0
+        for number, line in enumerate(_lines_of(file), start=1):
+            if number == 1:
                 self._begin(segment.first)
-            whole = line if line.endswith(b"\n") or not is_last else _finished(segment.path, size, line)
-            size += len(line)
-            self._line(whole, f"{name}:{lines}")
+            whole = line if line.endswith(b"\n") or not is_last else _finished(file, offset, line)
+            offset += len(line)
+            self._line(whole, f"{name}:{number}")
 
     def _begin(self, first: int) -> None:
         """The name of a segment tells where it starts, even if its first line is damaged."""
@@ -1120,13 +1151,11 @@ class _Audit:
         self._findings.append(Finding(damage, text, first, last, where))
 
 
-def _finished(path: Path, offset: int, line: bytes) -> bytes:
+def _finished(file: BinaryIO, offset: int, line: bytes) -> bytes:
     """An unfinished last line, read again until its writer has finished it or evidently never will."""
     for _ in range(5):
         _time.sleep(0.01)
-        with path.open("rb") as file:
-            file.seek(offset)
-            line = file.readline(_MAX_LINE + 1)
-        if line.endswith(b"\n"):
-            break
+        now, end, _rest = os.pread(file.fileno(), _MAX_LINE + 1, offset).partition(b"\n")
+        if end:
+            return now + end
     return line

@@ -731,9 +731,12 @@ class TestReaders:
             assert child.poll() is None and last_seq(tmp_path) > begun, "the writer was not at work"
 
     def test_follow_while_the_log_is_written(self, tmp_path: Path) -> None:
+        # They make listing the directory slow, so that the writer gets on while the reader looks for the next segment.
+        for number in range(1000):
+            (tmp_path / f"other-{number}").touch()
         with busy_writer(tmp_path, 1 << 30):
-            seen = [record.seq for record, _ in zip(follow(tmp_path, poll_s=0), range(5000), strict=False)]
-        assert seen == list(range(1, 5001))
+            seen = [record.seq for record, _ in zip(follow(tmp_path, poll_s=0), range(1500), strict=False)]
+        assert seen == list(range(1, 1501))
         assert len(segments(tmp_path)) > 100
 
     def test_filter(self) -> None:
