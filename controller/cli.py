@@ -101,7 +101,7 @@ def _print_json(value: object) -> None:
 
 def _print_problems(problems: tuple[Problem, ...]) -> None:
     colours = {Severity.ERROR: "red", Severity.WARNING: "yellow"}
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
     for problem in problems:
         colour = colours[problem.severity]
         console.print(f"[bold {colour}]{problem.severity}[/] [bold]{escape(problem.path)}[/] [dim]({problem.code})[/]")
@@ -117,9 +117,9 @@ def _grid(*columns: str) -> Grid:
 
 
 def _print_grid(grid: Grid) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=240)
+        console = Console(highlight=False, emoji=False, width=240)
     console.print(grid)
 
 

@@ -44,7 +44,12 @@ class Facts:
         helper = SchemaHelper(schema_json=_SCHEMA)
         helper.register_all()
         self._idl = Idl(remote, helper)
-        self._seen = self._idl.change_seqno
+        self._seen = self._never = self._idl.change_seqno
+
+    @property
+    def answered(self) -> bool:
+        """Whether the server has answered at all."""
+        return self._seen != self._never
 
     def poll(self) -> tuple[BridgeFacts, ...] | None:
         """Every bridge if anything has changed since the last call, None otherwise. Does not block."""

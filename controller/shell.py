@@ -61,6 +61,7 @@ from controller.statefile import load
 TICK_S = 0.25
 WATCH_S = 0.5
 FACTS_S = 0.5
+FACTS_PATIENCE_S = 3.0
 ECHO_S = 5.0
 ECHO_MISSES = 3
 
@@ -287,8 +288,17 @@ class Bulkhead(app_manager.OSKenApp):  # type: ignore[misc]
 
     def _facts_loop(self, remote: str) -> None:
         facts = Facts(remote)
+        began, told = time.monotonic(), False
         while not self._stopping:
             self._poll_facts(facts)
+            if not told and not facts.answered and time.monotonic() - began > FACTS_PATIENCE_S:
+                told = True
+                text = (
+                    f"OVSDB at {remote} does not answer: fail mode and in-band control of the bridges are not checked, "
+                    "and a bridge is known by the name it gives itself. Give its address with --ovsdb"
+                )
+                self.log.append(Event(Kind.SWITCH_WARNING, text, data={"problem": "ovsdb"}))
+                LOG.warning("%s", text)
             hub.sleep(FACTS_S)
         facts.close()
 
@@ -364,8 +374,8 @@ def serve(settings: Settings) -> None:
     """Run the controller until it is told to stop. Raises `InvalidInput` and `BulkheadError` before it has begun."""
     loaded = load(settings.state_file)
     try_out(loaded.state)
-    for problem in loaded.problems:
-        LOG.warning("%s", problem)
+    if loaded.problems:
+        LOG.warning("%d warning(s); to read them: bulkhead check %s", len(loaded.problems), settings.state_file)
     log = EventLog(settings.events_dir, max_per_second=100)
     cfg.CONF(args=[], project="bulkhead")
     cfg.CONF.set_override("echo_request_interval", ECHO_S)
