@@ -184,10 +184,13 @@ def _ready(header: int, known: Mapping[int, int]) -> bool:
 
 def refusal(flow: Flow) -> str | None:
     """Why Open vSwitch would refuse a flow, or None. Table ids, prerequisites and ports, as far as we use them."""
-    known = {header: value for header, value, mask in flow.match if mask == fields.by_header(header).full}
-    for header, _, _ in flow.match:
+    known: dict[int, int] = {}
+    # In the order of the wire, OpenFlow's own fields first: what a field needs has to come before it.
+    for header, value, mask in sorted(flow.match, key=lambda item: item[0] >> 16 != fields.OPENFLOW_BASIC):
         if not _ready(header, known):
             return f"bad match: prerequisite of {fields.by_header(header).name}"
+        if mask == fields.by_header(header).full:
+            known[header] = value
     if flow.goto is not None and flow.goto <= flow.table:
         return "bad instruction: goto backwards"
     for action in flow.actions:

@@ -362,7 +362,8 @@ class Policy:
     def is_vpn_answer(self, p: Packet) -> bool:
         if self.network.vpn is None or self.server is None or self.members.get(get(p, "in_port")) is not self.server:
             return False
-        return get(p, "ip_proto") == UDP and get(p, "udp_src") == self.network.vpn.port
+        piece = get(p, "ip_frag") and get(p, "ipv4_src") == self.server.address  # may be of an answer: it has no ports
+        return get(p, "ip_proto") == UDP and (get(p, "udp_src") == self.network.vpn.port or bool(piece))
 
     def note(self, source: int, port: int, now: float) -> None:
         path = self.paths.get(source)
@@ -483,6 +484,9 @@ class Dice:
         name = {6: "tcp", 17: "udp", 132: "sctp"}.get(protocol)
         if name:
             out[f"{name}_src"], out[f"{name}_dst"] = rng.choice(self.services), rng.choice(self.services)
+        if rng.random() < 0.1:
+            # A fragment, the first or a later one: a switch sees no ports in either (ovs-fields(7)).
+            out |= {"ip_frag": rng.choice((1, 3))} | {key: 0 for key in out if key.endswith(("p_src", "p_dst"))}
         return out
 
     def arp(self, source: int, eth_src: int) -> dict[str, int]:
