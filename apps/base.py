@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from controller.flow import Flow
 from controller.frame import Frame, Placed, PlacedRule, cookie
+from controller.model import Member
 from controller.pipeline import Table
 
 IPV4, ARP, IPV6, LLDP = 0x0800, 0x0806, 0x86DD, 0x88CC
@@ -27,6 +28,10 @@ class App:
 
     def member(self, frame: Frame, placed: Placed) -> Iterator[Flow]:
         """Flows of one member. Must depend on nothing but the arguments."""
+        yield from ()
+
+    def absent(self, frame: Frame, member: Member) -> Iterator[Flow]:
+        """Flows of one member whose port is not there: its addresses stay its own."""
         yield from ()
 
     def rule(self, frame: Frame, rule: PlacedRule) -> Iterator[Flow]:

@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from apps.base import IPV4, App
 from controller.flow import Flow
 from controller.frame import Frame, Placed, address_range
-from controller.model import Role
+from controller.model import Member, Role
 from controller.pipeline import FORWARD, Band, deliver, role_value
 
 
 class Forwarding(App):
     """FORWARD.
 
-    350 the subnet's own broadcast and network address drop; 300 a member; 250 what lives behind a member; 200 peers
-    across the mesh, for containers; miss drops: an address of this network that nobody has.
+    350 the subnet's own broadcast and network address drop; 300 a member; 250 what lives behind a member; both drop
+    while the member is away; 200 peers across the mesh, for containers; miss drops: an address of this network that
+    nobody has.
     """
 
     id = 8
@@ -47,3 +48,9 @@ class Forwarding(App):
         yield FORWARD.flow(Band.OWN, own, to, eth_type=IPV4, ipv4_dst=placed.member.address)
         for prefix in placed.member.routed:
             yield FORWARD.flow(Band.KNOWN + 50, own, to, eth_type=IPV4, ipv4_dst=(prefix.address, prefix.mask))
+
+    def absent(self, frame: Frame, member: Member) -> Iterator[Flow]:
+        own = self.own(f"member/{member.id}")
+        yield FORWARD.flow(Band.OWN, own, eth_type=IPV4, ipv4_dst=member.address)
+        for prefix in member.routed:
+            yield FORWARD.flow(Band.KNOWN + 50, own, eth_type=IPV4, ipv4_dst=(prefix.address, prefix.mask))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from apps.base import IPV4, SCTP, TCP, UDP
 from controller import fields
 from controller.fields import Field
-from controller.flow import Bits, Learn, LearnLoad, LearnMatch, whole
+from controller.flow import Bits, Flow, Learn, LearnLoad, LearnMatch, Load, SetField, whole
 from controller.frame import cookie
 from controller.model import Role
 from controller.pipeline import OUT_BITS, RETURN, RETURNED, ROLE, role_value
@@ -37,6 +37,32 @@ _CHOOSE = (
     LearnLoad(Bits(fields.IN_PORT_16.header, 0, 16), OUT_BITS),
     LearnLoad(whole(fields.ETH_SRC), whole(fields.ETH_DST)),
 )
+
+
+_KINDS = {CONTAINERS, MESH, REPLIES}
+_CHOICE = {RETURNED.header, OUT_BITS.header, fields.ETH_DST.header}
+
+
+def is_path(flow: Flow) -> bool:
+    """Whether a flow is one of those: cookies can be forged, so it has to look like one too, and to end like one.
+
+    It may choose a port for answers to one address and do nothing else; the output guard has the last word on the port.
+    """
+    if flow.cookie not in _KINDS or (flow.table, flow.priority, flow.goto) != (RETURN.id, PRIORITY, None):
+        return False
+    if (flow.idle_s, flow.hard_s) != (IDLE_S, HARD_S):
+        return False
+    whose = flow.match.get(fields.IN_PORT_FIELD if flow.cookie == REPLIES else ROLE)
+    target = flow.match.get(fields.IPV4_DST)
+    if whose is None or target is None or target[1] != fields.IPV4_DST.full:
+        return False
+    if flow.cookie != REPLIES and whose != (role_value(Role.EGRESS), ROLE.full):
+        return False
+    return all(
+        (isinstance(action, SetField) and action.header in _CHOICE)
+        or (isinstance(action, Load) and action.target.header in _CHOICE)
+        for action in flow.actions
+    )
 
 
 def learn_return(role: Role) -> Learn:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from apps.base import ARP, App
 from controller.flow import Flow
 from controller.frame import Frame, Placed
+from controller.model import Member
 from controller.pipeline import NEIGHBOUR, Band, MatchValue, Violation, arp_reply, violation
 
 REQUEST = 1
@@ -16,7 +17,7 @@ class Neighbour(App):
     """NEIGHBOUR.
 
     400 asking for a foreign network's address is a violation; 350 nobody is told that its own address is taken; 300
-    the gateway, the host and every member are answered for; 250 the mesh is not told about its own peers; 200 peers
+    the gateway, the host and every member are answered for (while one is away, nobody answers for it); 250 the mesh is not told about its own peers; 200 peers
     across the mesh are answered for; miss drops, answers included: we give them all.
     """
 
@@ -58,6 +59,10 @@ class Neighbour(App):
         own = self.own(f"member/{placed.member.id}")
         yield from self._answer(own, placed.member.address, placed.member.mac)
         yield self._silence(own, placed.port, placed.member.address)
+
+    def absent(self, frame: Frame, member: Member) -> Iterator[Flow]:
+        own = self.own(f"member/{member.id}")
+        yield NEIGHBOUR.flow(Band.OWN, own, eth_type=ARP, arp_op=REQUEST, arp_tpa=member.address)
 
     def _answer(self, own: int, address: int, mac: int) -> Iterator[Flow]:
         yield NEIGHBOUR.flow(Band.OWN, own, arp_reply(mac), eth_type=ARP, arp_op=REQUEST, arp_tpa=address)

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from apps.base import App
 from controller import fields
-from controller.flow import SEND_FLOW_REM, Flow, Output
+from controller.flow import SEND_FLOW_REM, Cookie, Flow, Output
 from controller.frame import Frame, Placed, cookie
-from controller.pipeline import VIOLATION, Band, act
+from controller.pipeline import KIND, VIOLATION, Band, act
 
 SAMPLE_BYTES = 256
 QUIET_S = 5
@@ -48,3 +48,15 @@ def quiet(port: int, kind: int, name: str) -> Flow:
     own = cookie(PacketIn.id, name, learned=True)
     flow = VIOLATION.flow(Band.DENY, own, in_port=port, reg2=kind)
     return replace(flow, hard_s=QUIET_S, flags=SEND_FLOW_REM)
+
+
+def is_quiet(flow: Flow) -> bool:
+    """Whether a flow is one of those, by its looks too: cookies can be forged."""
+    parts = Cookie.of(flow.cookie)
+    return (
+        parts is not None
+        and (parts.app, parts.learned) == (PacketIn.id, True)
+        and (flow.table, flow.priority, flow.actions, flow.goto) == (VIOLATION.id, Band.DENY, (), None)
+        and 0 < flow.hard_s <= QUIET_S
+        and {header for header, _, _ in flow.match} == {fields.IN_PORT_FIELD.header, KIND.header}
+    )

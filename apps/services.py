@@ -8,7 +8,7 @@ from apps.base import IPV4, PROTOCOLS, UDP, App
 from apps.learning import learn_reply
 from controller.flow import Flow
 from controller.frame import Frame, Placed, PlacedRule
-from controller.model import Role
+from controller.model import Prefix, Role
 from controller.pipeline import SERVICE, Band, MatchValue, any_role, deliver, role_value
 
 INSIDE = any_role(Role.CONTAINER, Role.MESH)
@@ -18,7 +18,8 @@ CLIENTS = any_role(Role.HOST, Role.MESH)
 class Services(App):
     """SERVICE.
 
-    1000+ rules of the state file, for packets from containers and (where it is to a container) the mesh; 320 VPN clients
+    1000+ rules of the state file, for packets from containers and (where it is to a container) the mesh, and to the
+    mesh for its own prefixes only; 320 VPN clients
     reach the VPN server, and the way back is learned; 300 a declared service, on its own address, for containers and
     mesh; 300 an exposed service for the host's port, with the way back learned; 150 the host reaches nothing else; the
     rest is `return_path`'s.
@@ -83,4 +84,19 @@ class Services(App):
         to = deliver(rule.out_port, rule.mac)
         # The mesh may send to containers only, so a rule towards it or the host is not for what comes from it.
         senders = any_role(Role.CONTAINER) if rule.out_port in (frame.mesh_port, frame.host_port) else INSIDE
-        yield SERVICE.flow(Band.RULE + rule.rule.rank, own, to, reg0=senders, **match)
+        if rule.out_port != frame.mesh_port or frame.network.mesh is None:
+            yield SERVICE.flow(Band.RULE + rule.rule.rank, own, to, reg0=senders, **match)
+            return
+        for target in _within(match.get("ipv4_dst"), frame.network.mesh.prefixes):
+            yield SERVICE.flow(Band.RULE + rule.rule.rank, own, to, reg0=senders, **{**match, "ipv4_dst": target})
+
+
+def _within(target: MatchValue | None, prefixes: tuple[Prefix, ...]) -> Iterator[tuple[int, int]]:
+    """What of a destination lies across the mesh: the world is reached by the egress alone."""
+    value, mask = target if isinstance(target, tuple) else (0, 0) if target is None else (target, 0xFFFFFFFF)
+    shared = [
+        (value | prefix.address, mask | prefix.mask)
+        for prefix in prefixes
+        if not (value ^ prefix.address) & mask & prefix.mask
+    ]
+    yield from dict.fromkeys(shared)

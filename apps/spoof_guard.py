@@ -7,18 +7,21 @@ from collections.abc import Iterator
 from apps.base import ARP, IPV4, UDP, App
 from controller.flow import Flow
 from controller.frame import Frame, Placed, address_range
-from controller.model import Ipv4, Mac, Prefix
+from controller.model import Ipv4, Mac, Member, Prefix
 from controller.pipeline import GRANT, NEIGHBOUR, SPOOF_GUARD, Band, MatchValue, Violation, go, violation
+
+NOBODY = tuple(map(Prefix.parse, ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")))
+"""Senders that no packet from elsewhere can have (RFC 6890): this network, loopback, link-local, multicast, reserved."""
 
 
 class SpoofGuard(App):
     """SPOOF_GUARD.
 
-    500 a DHCP server is a violation; 400 from the mesh, an address of a member of this host, of its gateway or host, or
-    the first or last of the subnet, which are nobody's, is a violation; 350 from mesh, egress or host, another network's
-    address is a violation; 300 own addresses go on (IPv4 to GRANT, ARP to NEIGHBOUR); 250 from egress or host, this
-    network's addresses are a violation; 200 egress and VPN clients may come from anywhere else; 100 the rest is a
-    violation.
+    500 a DHCP server is a violation; 400 from the mesh, an address of a member of this host (be it there or away), of
+    its gateway or host, or the first or last of the subnet, which are nobody's, is a violation; 350 from mesh, egress or
+    host, another network's address is a violation; 300 own addresses go on (IPv4 to GRANT, ARP to NEIGHBOUR); 250 from
+    egress, host or VPN clients, this network's addresses and those that nobody can have are a violation; 200 egress and
+    VPN clients may come from anywhere else; 100 the rest is a violation.
     """
 
     id = 2
@@ -49,8 +52,12 @@ class SpoofGuard(App):
             yield SPOOF_GUARD.flow(
                 Band.OWN, own, go(NEIGHBOUR), **eth, eth_type=ARP, arp_sha=member.mac, arp_spa=sender
             )
+        yield from self.absent(frame, member)
+
+    def absent(self, frame: Frame, member: Member) -> Iterator[Flow]:
         if frame.mesh_port is not None and frame.network.mesh is not None:
             if any(member.address in prefix for prefix in frame.network.mesh.prefixes):
+                own = self.own(f"member/{member.id}")
                 yield from self._deny_sources(frame.mesh_port, own, Band.DENY, member.address)
 
     def _mesh(self, frame: Frame, port: int, mac: Mac, prefixes: tuple[Prefix, ...]) -> Iterator[Flow]:
@@ -111,7 +118,7 @@ class SpoofGuard(App):
             yield from self._deny_sources(port, own, Band.CLAIMED, prefix)
 
     def _deny_local(self, frame: Frame, port: int, own: int) -> Iterator[Flow]:
-        for prefix in frame.local:
+        for prefix in dict.fromkeys((*frame.local, *NOBODY)):
             yield from self._deny_sources(port, own, Band.KNOWN + 50, prefix)
 
     def _deny_sources(self, port: int, own: int, band: int, sender: Ipv4 | Prefix) -> Iterator[Flow]:

@@ -29,6 +29,8 @@ UNDECLARED_FLOW = ADMIT.flow(Band.MISS, cookie(UNDECLARED_APP, "bridge"))
 
 Ports = Mapping[str, Port]
 _PartKey = tuple[str, str]
+_Part = Placed | Member | PlacedRule | Frame
+"""What flows are made of: a member with its port, one that is away, a rule, or the network as a whole."""
 
 
 class Conflict(BulkheadError):
@@ -139,7 +141,7 @@ class BridgeCompiler:
 
     def _forget(self) -> None:
         self._frame: Frame | None = None
-        self._inputs: dict[_PartKey, Placed | PlacedRule | Frame] = {}
+        self._inputs: dict[_PartKey, _Part] = {}
         self._parts: dict[_PartKey, tuple[Flow, ...]] = {}
         self._flows: dict[FlowKey, Flow] = {}
         self._index = OverlapIndex()
@@ -161,7 +163,7 @@ class BridgeCompiler:
         missing = tuple(name for name in _wanted_ports(network) if name not in ports)
         return Compiled(bridge, dict(self._flows), missing)
 
-    def _update(self, frame: Frame, inputs: dict[_PartKey, Placed | PlacedRule | Frame]) -> None:
+    def _update(self, frame: Frame, inputs: dict[_PartKey, _Part]) -> None:
         if frame != self._frame:
             self._forget()
             self._frame = frame
@@ -179,11 +181,13 @@ class BridgeCompiler:
         self._inputs = inputs
 
 
-def _flows_of(frame: Frame, part: Placed | PlacedRule | Frame) -> Iterator[Flow]:
+def _flows_of(frame: Frame, part: _Part) -> Iterator[Flow]:
     for app in SOCKET_APPS:
         match part:
             case Placed():
                 yield from app.member(frame, part)
+            case Member():
+                yield from app.absent(frame, part)
             case PlacedRule():
                 yield from app.rule(frame, part)
             case Frame():
@@ -192,14 +196,13 @@ def _flows_of(frame: Frame, part: Placed | PlacedRule | Frame) -> Iterator[Flow]
         yield CANARY_FLOW
 
 
-def _inputs(frame: Frame, network: Network, ports: Ports) -> Iterator[tuple[_PartKey, Placed | PlacedRule | Frame]]:
+def _inputs(frame: Frame, network: Network, ports: Ports) -> Iterator[tuple[_PartKey, _Part]]:
     yield ("shared", ""), frame
     by_port: dict[str, Member] = {}
     for member in network.members:
         by_port[member.port] = member
         port = ports.get(member.port)
-        if port is not None:
-            yield ("member", member.id), Placed(member, port.number)
+        yield ("member", member.id), Placed(member, port.number) if port is not None else member
     for rule in network.rules:
         used = [ports.get(name) if name else None for name in (rule.in_port, rule.output)]
         if any(name and port is None for name, port in zip((rule.in_port, rule.output), used, strict=True)):

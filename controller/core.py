@@ -15,12 +15,12 @@ from controller import diff, fields, packets
 from controller.codec import FlowStats, FlowUpdate, PacketIn, Reason, Update
 from controller.compile import BridgeCompiler, Compiled, Conflict, Names, planned_ports, undeclared
 from controller.events import JSON, Event, Kind
-from controller.flow import Flow, is_learned
+from controller.flow import Flow
 from controller.frame import LOCAL_NAME, Port
 from controller.model import Bridge, BridgeKind, DesiredState, Ipv4, Network
 from controller.offenders import Offenders, Report
 from controller.pipeline import RETURN, Violation, table_name
-from controller.reconcile import Applied, Changed, Phase, Reconciler
+from controller.reconcile import Applied, Changed, Phase, Reconciler, ends_by_itself
 from controller.signals import (
     AddFlow,
     BridgeFacts,
@@ -586,7 +586,7 @@ class Core:
                 out.append({"bridge": bridge.name, "connected": False, "changes": []})
                 continue
             compiled = BridgeCompiler().compile(state, bridge, switch.ports, switch.egress_up is not False)
-            todo = diff.plan(compiled.flows, switch.flows.installed)
+            todo = diff.plan(compiled.flows, switch.flows.installed, ends_by_itself)
             changes: list[JSON] = []
             for sign, flows in (("+", todo.add), ("~", todo.change), ("-", todo.delete)):
                 for flow in flows:
@@ -616,7 +616,7 @@ class Core:
             "age_s": round(stats.age_s, 1),
             "match": str(flow.match),
             "actions": flow.actions_text,
-            "learned": is_learned(flow.cookie),
+            "learned": ends_by_itself(flow),
         }
 
 

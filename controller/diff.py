@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from controller.flow import Flow, FlowKey, is_learned, is_ours
@@ -25,10 +25,18 @@ class Plan:
         return {"added": len(self.add), "changed": len(self.change), "deleted": len(self.delete)}
 
 
-def plan(desired: Mapping[FlowKey, Flow], installed: Mapping[FlowKey, Flow]) -> Plan:
+def _marked(flow: Flow) -> bool:
+    return is_learned(flow.cookie)
+
+
+def plan(
+    desired: Mapping[FlowKey, Flow],
+    installed: Mapping[FlowKey, Flow],
+    ends_by_itself: Callable[[Flow], bool] = _marked,
+) -> Plan:
     """What turns `installed` into `desired`.
 
-    Only flows of our own are deleted, and learned ones are left to end by themselves. A flow of somebody else's is
+    Only flows of our own are deleted, and those that end by themselves are left to. A flow of somebody else's is
     left alone, unless it stands exactly where one of ours belongs: then it has replaced ours, and ours comes back.
     """
     add, change, delete = [], [], []
@@ -41,7 +49,7 @@ def plan(desired: Mapping[FlowKey, Flow], installed: Mapping[FlowKey, Flow]) -> 
         elif there != flow:
             change.append(flow)
     for key, flow in installed.items():
-        if key not in desired and is_ours(flow.cookie) and not is_learned(flow.cookie):
+        if key not in desired and is_ours(flow.cookie) and not ends_by_itself(flow):
             delete.append(flow)
     return Plan(tuple(add), tuple(change), tuple(delete))
 

@@ -497,10 +497,21 @@ class _Socket:
             fix = f"{local.name} is behind {local.port}, not across the mesh; remove it or mend the address."
             self.notes.error(at, "redirect", "an address of another node", fix)
             return
+        mesh = self.network.mesh
+        assert mesh is not None
+        value, mask = at.flow.cube("ipv4_dst")
+        across = _some([str(prefix) for prefix in mesh.prefixes])
+        if all((value ^ prefix.address) & mask & prefix.mask for prefix in mesh.prefixes):
+            fix = f"{output} leads to {across} and nowhere else; the world is reached by the egress alone. Remove it."
+            self.notes.error(at, "redirect", f"an address in {across}", fix)
+            return
         stolen = self._stolen(at.flow, None)
         if stolen:
             fix = f"It takes what is meant for {_some(stolen)}; add nw_dst."
             self.notes.warn(at, "hijack", "addresses of other nodes", fix)
+        elif not any(self._names_destination(at.flow, prefix) for prefix in mesh.prefixes):
+            fix = f"As written it takes such packets to any address. Only what is meant for {across} is delivered."
+            self.notes.warn(at, "narrowed", f"nw_dst={across}", fix)
         self._rule(at, rank, at.flow.match, output)
 
     def _deliver_to(

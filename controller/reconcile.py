@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from apps.learning import is_path
+from apps.packet_in import is_quiet
 from controller.codec import FlowStats, FlowUpdate, Update
 from controller.compile import CANARY_FLOW, Compiled
 from controller.diff import Plan, foreign, plan
@@ -25,6 +27,11 @@ RETRY_MOST_S = 30.0
 
 
 NOTHING = Plan()
+
+
+def ends_by_itself(flow: Flow) -> bool:
+    """Whether a flow is one that the switch learned or that quiets an offender: it is left alone."""
+    return is_path(flow) or is_quiet(flow)
 
 
 class Phase(Enum):
@@ -135,16 +142,17 @@ class Reconciler:
             if flow is None or self.phase is Phase.DUMPING:
                 continue
             in_our_place = flow.key in self.desired.flows
-            if is_learned(flow.cookie) and not in_our_place:
-                if (flow.key in self.learned) == (update.event is Update.REMOVED):
+            gone = update.event is Update.REMOVED
+            if is_learned(flow.cookie) and not in_our_place and self._is_learned(flow, gone=gone):
+                if (flow.key in self.learned) == gone:
                     learned.append(update)
             elif is_ours(flow.cookie) or in_our_place:
-                if self.desired.flows.get(flow.key) == flow and update.event is not Update.REMOVED:
+                if self.desired.flows.get(flow.key) == flow and not gone:
                     continue  # as it should be
                 ours.append(update)
             else:
                 theirs.append(update)
-            self._note(flow, gone=update.event is Update.REMOVED)
+            self._note(flow, gone=gone)
         effects: list[Effect] = []
         if ours:
             self._repair = True
@@ -167,15 +175,22 @@ class Reconciler:
         """Flows in the switch that are not ours."""
         return foreign(self.installed, self.desired.flows)
 
+    def _is_learned(self, flow: Flow, *, gone: bool) -> bool:
+        # A flow of ours that ended is what it was taken for while it was there.
+        return flow.key not in self.installed if gone else ends_by_itself(flow)
+
     def _note(self, flow: Flow, *, gone: bool = False) -> None:
-        table = self.learned if is_learned(flow.cookie) and flow.key not in self.desired.flows else self.installed
+        self.learned.pop(flow.key, None)
         if gone:
-            table.pop(flow.key, None)
+            self.installed.pop(flow.key, None)
+        elif ends_by_itself(flow) and flow.key not in self.desired.flows:
+            self.installed.pop(flow.key, None)
+            self.learned[flow.key] = flow
         else:
-            table[flow.key] = flow
+            self.installed[flow.key] = flow
 
     def _advance(self, now: float, *, report_nothing: bool = False) -> tuple[list[Effect], Applied | None]:
-        todo = plan(self.desired.flows, self.installed)
+        todo = plan(self.desired.flows, self.installed, ends_by_itself)
         if not todo:
             self.phase = Phase.STEADY
             self._repair = False

@@ -7,17 +7,21 @@ import sys
 import textwrap
 from pathlib import Path
 
+from apps.learning import learn_return
+from controller import fields
 from controller.codec import FlowStats, FlowUpdate, Update
 from controller.compile import CANARY_FLOW, UNDECLARED_FLOW, undeclared
 from controller.diff import Plan
-from controller.flow import Cookie, Flow, Match, Output
+from controller.flow import Flow, Match, Output
+from controller.model import Role
 from controller.reconcile import DUMP_TIMEOUT_S, REPAIR_EVERY_S, RETRY_FIRST_S, RETRY_MOST_S, Phase, Reconciler
 from controller.signals import Dump, Install
+from tests.fakes.switch import learned_flow
 
 DESIRED = undeclared("br0")
 BOTH = (CANARY_FLOW, UNDECLARED_FLOW)
 FOREIGN = Flow(0, 9, Match(), (Output(1),), None, 0x77)
-LEARNED = Flow(60, 100, Match(), (), None, int(Cookie(6, 1, learned=True)), 300, 600, 1)
+LEARNED = learned_flow(learn_return(Role.CONTAINER), {fields.IPV4_SRC.header: 7, fields.IN_PORT_FIELD.header: 3})
 
 
 def stats(*flows: Flow) -> tuple[FlowStats, ...]:

@@ -1,0 +1,148 @@
+"""Attacks on the compiled flows and on the core that once got through, and must not again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from apps.learning import APP_ID, CONTAINERS, HARD_S, IDLE_S, PRIORITY
+from apps.packet_in import QUIET_S, PacketIn, quiet
+from controller.events import Kind
+from controller.flow import Cookie, Flow, Load, Match, Output, SetField
+from controller.model import DesiredState, Member, Role, Rule
+from controller.ofrules import judge
+from controller.pipeline import OUT_BITS, RETURN, RETURNED, ROLE, VIOLATION, Violation, role_value
+from tests.fakes.states import started, switch_for, two_networks, with_network
+from tests.fakes.switch import Dropped, Sent, Shown, Wired
+
+STATE = two_networks()
+PRIVACY, MANAGEMENT = STATE.networks
+GATEWAY, XRAY = PRIVACY.members
+assert PRIVACY.mesh is not None and PRIVACY.egress is not None
+PEER = {"eth_src": int(PRIVACY.mesh.mac)}
+WORLD = "1.1.1.1"
+
+
+def packet(of: Member, target: object) -> dict[str, int | str]:
+    """Addresses of an IPv4 packet from a member."""
+    return {"eth_src": of.mac, "ipv4_src": of.address, "ipv4_dst": str(target)}
+
+
+# ------------------------------------------------------------------------------------- flows that claim to be learned
+
+FORGED = int(Cookie(APP_ID, 1, learned=True))
+PATH = Match.named(reg0=role_value(Role.EGRESS), eth_type=0x0800, ipv4_dst=int(XRAY.address))
+CHOOSE = (SetField(RETURNED.header, 1), Load(3, OUT_BITS))
+BRIBES = {
+    "past every table": Flow(0, 65535, Match.named(in_port=3), (Output(1),), None, CONTAINERS, IDLE_S, HARD_S),
+    "without end": Flow(RETURN.id, PRIORITY, PATH, CHOOSE, None, CONTAINERS),
+    "an output in RETURN": Flow(RETURN.id, PRIORITY, PATH, (*CHOOSE, Output(2)), None, CONTAINERS, IDLE_S, HARD_S),
+    "for everybody": Flow(RETURN.id, PRIORITY, Match(), CHOOSE, None, CONTAINERS, IDLE_S, HARD_S),
+    "on top": Flow(RETURN.id, PRIORITY + 1, PATH, CHOOSE, None, CONTAINERS, IDLE_S, HARD_S),
+    "of no kind": Flow(RETURN.id, PRIORITY, PATH, CHOOSE, None, FORGED, IDLE_S, HARD_S),
+    "another role": Flow(RETURN.id, PRIORITY, PATH, (*CHOOSE, SetField(ROLE.header, 1)), None, CONTAINERS, IDLE_S, HARD_S),
+    "violations unseen": replace(quiet(3, int(Violation.CROSSING), "quiet/3"), hard_s=0),
+    "all violations unseen": Flow(VIOLATION.id, 400, Match(), (), None, int(Cookie(PacketIn.id, 1, learned=True)), 0, QUIET_S),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("forged", BRIBES.values(), ids=BRIBES)
+@pytest.mark.parametrize("before", [True, False], ids=["found at start", "added later"])
+def test_a_flow_that_only_claims_to_be_learned_is_removed_and_told_of(forged: Flow, before: bool) -> None:
+    switch = switch_for(STATE, "vmbr0")
+    wired = Wired(STATE, switch)
+    if before:
+        switch.hold([forged])
+        wired.up()
+    else:
+        wired.up()
+        wired.say(*switch.add_by_others(forged))
+        assert wired.of(Kind.TAMPERING)
+    wired.wait(2)
+    assert forged.key not in {entry.flow.key for entry in switch.flows.values()}
+    assert not switch.learned()
+
+
+def test_what_is_really_learned_or_quieted_is_left_alone() -> None:
+    wired, switches = started()
+    switch = switches["vmbr0"]
+    wired.send(switch, switch.number("veth102"), packet(XRAY, WORLD))
+    wired.say(*switch.add_by_others(quiet(3, int(Violation.CROSSING), "quiet/3")))
+    assert len(switch.learned()) == 2
+    switch.disconnect()
+    wired.up()
+    wired.wait(2)
+    assert len(switch.learned()) == 2 and not wired.of(Kind.TAMPERING)
+
+
+# --------------------------------------------------------------------------------------------- members that are away
+
+
+def test_nobody_across_the_mesh_takes_the_address_of_a_member_that_is_away() -> None:
+    switch = switch_for(STATE, "vmbr0", without=["veth102"])
+    Wired(STATE, switch).up()
+    assert PRIVACY.mesh is not None
+    mesh_port, gateway = switch.number("from-privacy"), switch.number("veth100")
+    stolen = switch.trace(mesh_port, PEER, ipv4_src=XRAY.address, ipv4_dst=GATEWAY.address)
+    assert stolen == Shown(Violation.SPOOF)
+    out = switch.trace(mesh_port, PEER, ipv4_src=XRAY.address, ipv4_dst=WORLD)
+    assert out == Shown(Violation.SPOOF)
+    claim: dict[str, int | str] = {
+        "arp_op": 1,
+        "arp_sha": PRIVACY.mesh.mac,
+        "arp_spa": XRAY.address,
+        "arp_tpa": GATEWAY.address,
+    }
+    assert switch.trace(mesh_port, PEER, claim) == Shown(Violation.SPOOF)
+    assert switch.trace(gateway, packet(GATEWAY, XRAY.address)) == Dropped("FORWARD")
+    asked: dict[str, int | str] = {
+        "eth_src": GATEWAY.mac,
+        "arp_op": 1,
+        "arp_sha": GATEWAY.mac,
+        "arp_spa": GATEWAY.address,
+    }
+    assert switch.trace(gateway, asked, arp_tpa=XRAY.address) == Dropped("NEIGHBOUR")
+
+
+# ----------------------------------------------------------------------------------------------- rules to the mesh
+
+
+def to_mesh(*match: tuple[str, int, int]) -> DesiredState:
+    rule = Rule("r", "r", 1, (("eth_type", 0x0800, 0xFFFF), *match), "veth102", "from-privacy")
+    return with_network(STATE, "privacy", rules=(rule,))
+
+
+@pytest.mark.parametrize("match", [(), (("ip_proto", 6, 0xFF),), (("ipv4_dst", 0x01010101, 0xFFFFFFFF),)])
+def test_a_rule_to_the_mesh_is_no_way_to_the_world(match: tuple[tuple[str, int, int], ...]) -> None:
+    _, switches = started(to_mesh(*match))
+    switch = switches["vmbr0"]
+    sent = switch.trace(switch.number("veth102"), packet(XRAY, WORLD), tcp_dst=443)
+    assert sent == Sent(switch.number("warp0"))
+    peer = switch.trace(switch.number("veth102"), packet(XRAY, "10.0.0.77"), tcp_dst=443)
+    assert peer == Sent(switch.number("from-privacy"))
+
+
+def test_a_literal_flow_of_the_world_to_the_mesh_is_told_of() -> None:
+    def codes(flow: str) -> list[str]:
+        return [problem.code for problem in judge(STATE.networks, {"vmbr0": [flow]}).problems]
+
+    assert codes("tcp,in_port=veth102,actions=output:from-privacy") == ["narrowed"]
+    assert codes("in_port=veth102,ip,nw_dst=1.1.1.1,actions=output:from-privacy") == ["redirect"]
+    assert codes("in_port=veth102,ip,nw_dst=10.0.0.77,actions=output:from-privacy") == []
+
+
+# ------------------------------------------------------------------------------------------------ impossible senders
+
+
+@pytest.mark.parametrize("source", ["127.0.0.1", "0.0.0.0", "0.1.2.3", "224.0.0.1", "255.255.255.255", "169.254.1.1"])
+def test_an_address_nobody_can_have_does_not_come_in(source: str) -> None:
+    wired, switches = started()
+    switch = switches["vmbr0"]
+    wired.send(switch, switch.number("veth102"), packet(XRAY, WORLD))
+    assert PRIVACY.egress is not None
+    back = {"eth_src": PRIVACY.egress.mac, "ipv4_src": source, "ipv4_dst": XRAY.address}
+    assert switch.trace(switch.number("warp0"), back) == Shown(Violation.SPOOF)
+    for port in (switch.number("from-privacy"), 0xFFFFFFFE):
+        client = {**PEER, "ipv4_src": source, "ipv4_dst": GATEWAY.address}
+        assert switch.trace(port, client, udp_dst=51820) == Shown(Violation.SPOOF)
