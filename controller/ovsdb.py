@@ -49,7 +49,7 @@ class Facts:
     @property
     def answered(self) -> bool:
         """Whether the server has answered at all."""
-        return self._seen != self._never
+        return bool(self._seen != self._never)
 
     def poll(self) -> tuple[BridgeFacts, ...] | None:
         """Every bridge if anything has changed since the last call, None otherwise. Does not block."""
