@@ -8,7 +8,7 @@ Imports everything below the shell, and neither os-ken's controller nor any cloc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from apps.packet_in import QUIET_S
 from controller import diff, fields, packets
@@ -47,6 +47,10 @@ from controller.signals import (
     Tick,
 )
 
+RESERVED_PORTS = 0xFF00
+CONTESTED_S = 3.0
+"""A switch whose name is declared but seems to be another's is left as it is so long: OVSDB may lag behind it, as when
+a bridge's datapath-id changes with its ports, and its flows are not to be lost to that."""
 REFUSED_KINDS = {Violation.CROSSING, Violation.NO_EGRESS}
 """Violations that are answered where the network says so: the sender is known to be who it claims."""
 
@@ -115,10 +119,9 @@ class Core:
         fact = next((fact for fact in self.facts.values() if fact.dpid == up.dpid), None)
         name = fact.name if fact else up.local_name
         bridge, trouble = self._recognise(up.dpid, name)
-        ports = {port.name: port for port in up.ports if port.name != up.local_name}
-        for port in up.ports:
-            if port.number == fields.LOCAL:
-                ports[LOCAL_NAME] = Port(port.number, LOCAL_NAME, port.mac, port.up)
+        # A number is one port's: two of one number would contradict each other in the flows.
+        told = {port.number: port for port in up.ports if _is_real(port)}
+        ports = {_name_of(port): replace(port, name=_name_of(port)) for port in told.values()}
         compiler = BridgeCompiler()
         switch = Switch(up.dpid, name, bridge, ports, Reconciler(up.dpid, undeclared(name)), compiler)
         switch.flows.was_ours = up.dpid in self._known
@@ -133,6 +136,10 @@ class Core:
         out += self._warnings()
         out += self._note_egress(switch)
         switch.flows.desired = self._compile(switch)
+        claimed = self.state.bridge(name)
+        if bridge is None and claimed is not None and claimed.datapath_id is None:
+            switch.flows.hold(now + CONTESTED_S)
+            return out
         return out + switch.flows.start(now)
 
     def _recognise(self, dpid: int, name: str) -> tuple[Bridge | None, str]:
@@ -151,7 +158,7 @@ class Core:
                 f"unknown. Mend it: ovs-vsctl set bridge {name} other-config:datapath-id={_dpid(found.datapath_id)}"
             )
         fact = self.facts.get(name)
-        if fact is not None and fact.dpid != dpid:
+        if fact is not None and fact.dpid not in (dpid, 0):  # 0: the bridge is too new to have told OVSDB
             return None, (
                 f"a switch with datapath-id {_dpid(dpid)} claims to be {name}, which OVSDB says is {_dpid(fact.dpid)}; "
                 "it is treated as unknown. Find out what connects here: ss -tnp"
@@ -165,13 +172,17 @@ class Core:
         if switch is None:
             return []
         text = f"{switch.name} disconnected; its flows stay in force as long as ovs-vswitchd runs"
-        return [self._log(Kind.SWITCH_DOWN, text, switch)]
+        return [self._log(Kind.SWITCH_DOWN, text, switch), *self._recognise_again(now)]
 
     def _facts_seen(self, seen: FactsSeen, now: float) -> Effects:
         self.facts = {fact.name: fact for fact in seen.bridges}
-        out = self._warnings()
+        return self._warnings() + self._recognise_again(now)
+
+    def _recognise_again(self, now: float) -> Effects:
+        """Something has changed that tells which switch is which bridge."""
+        out: Effects = []
         before = {switch.dpid: switch.bridge for switch in self.switches.values()}
-        known = {fact.dpid: fact.name for fact in seen.bridges}
+        known = {fact.dpid: fact.name for fact in self.facts.values()}
         for switch in self.switches.values():
             switch.name = known.get(switch.dpid, switch.name)
             switch.bridge = None
@@ -181,6 +192,8 @@ class Core:
                 if trouble:
                     out.append(self._log(Kind.UNKNOWN_BRIDGE, trouble, switch, data={"dpid": _dpid(switch.dpid)}))
                 out += self._note_egress(switch) + self._want(switch, now)
+                if switch.flows.held and switch.bridge is not None:
+                    out += switch.flows.start(now)
         return out
 
     def _warnings(self) -> Effects:
@@ -200,11 +213,13 @@ class Core:
                     self._warned.pop((name, what), None)
                 elif (name, what) not in self._warned:
                     self._warned[name, what] = text
-                    out.append(self._log(Kind.SWITCH_WARNING, text, self._by_name(name), data={"problem": what}))
+                    out.append(self._log(Kind.SWITCH_WARNING, text, self.by_name(name), data={"problem": what}))
         return out
 
-    def _by_name(self, name: str) -> Switch | None:
-        return next((switch for switch in self.switches.values() if switch.name == name), None)
+    def by_name(self, name: str) -> Switch | None:
+        """The switch that is that bridge, rather than one that only claims the name."""
+        named = [switch for switch in self.switches.values() if switch.name == name]
+        return next((switch for switch in named if switch.bridge is not None), named[0] if named else None)
 
     def _switch_error(self, error: SwitchError, now: float) -> Effects:
         return [self._log(Kind.OPENFLOW_ERROR, error.text, self.switches.get(error.dpid))]
@@ -225,10 +240,12 @@ class Core:
         out: Effects = []
         try:
             desired = self._compile_all(out)
-        except Conflict as exc:
+        except Exception as exc:
             self.state = old
             for dpid, (bridge, egress_up) in before.items():
                 self.switches[dpid].bridge, self.switches[dpid].egress_up = bridge, egress_up
+            if not isinstance(exc, Conflict):
+                raise  # a defect of ours: it is told as one, and the old state stays too
             return [self._log(Kind.STATE_REJECTED, f"{loaded.source}: {exc}. The old state stays in force", None)]
         self.names = Names([old, loaded.state])  # what is still installed is named too
         for dpid, compiled in desired.items():
@@ -362,9 +379,9 @@ class Core:
         if switch is None:
             return []
         port = changed.port
-        name = LOCAL_NAME if port.number == fields.LOCAL else port.name
-        if name == LOCAL_NAME and port.number != fields.LOCAL:
-            return []  # an interface that somebody called LOCAL is not the host's port
+        name = _name_of(port)
+        if not _is_real(port):
+            return []
         before = switch.ports.get(name)
         out: Effects = []
         if changed.gone:
@@ -581,7 +598,7 @@ class Core:
         names = Names([self.state, state])
         out: list[dict[str, JSON]] = []
         for bridge in state.bridges:
-            switch = next((s for s in self.switches.values() if s.name == bridge.name), None)
+            switch = self.by_name(bridge.name)
             if switch is None:
                 out.append({"bridge": bridge.name, "connected": False, "changes": []})
                 continue
@@ -624,6 +641,15 @@ def flow_words(flow: Flow, switch: Switch | None) -> str:
     """A flow with the name of its table, in ovs-ofctl syntax otherwise."""
     mesh = bool(switch and switch.bridge and switch.bridge.kind is BridgeKind.MESH)
     return f"{table_name(flow.table, mesh=mesh)}: {flow}"
+
+
+def _name_of(port: Port) -> str:
+    return LOCAL_NAME if port.number == fields.LOCAL else port.name
+
+
+def _is_real(port: Port) -> bool:
+    """Not an interface that somebody called LOCAL, nor a number that stands for no port and would be taken for one."""
+    return port.number == fields.LOCAL or (port.name != LOCAL_NAME and port.number < RESERVED_PORTS)
 
 
 def _dpid(dpid: int) -> str:

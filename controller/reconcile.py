@@ -76,6 +76,7 @@ class Reconciler:
     phase: Phase = Phase.DUMPING
     installed: dict[FlowKey, Flow] = field(default_factory=dict)
     learned: dict[FlowKey, Flow] = field(default_factory=dict)
+    held: bool = False
     _token: int = 0
     _underway: Plan = NOTHING
     _repair: bool = False
@@ -88,9 +89,15 @@ class Reconciler:
 
     def start(self, now: float) -> list[Effect]:
         """Ask what is there."""
+        self.held = False
         self.phase = Phase.DUMPING
         self._not_before = now + DUMP_TIMEOUT_S
         return [Dump(self.dpid)]
+
+    def hold(self, until: float) -> None:
+        """Touch nothing before then, unless told to start."""
+        self.held = True
+        self._not_before = until
 
     def want(self, desired: Compiled, now: float) -> tuple[list[Effect], Applied | None]:
         """The switch should have other flows from now on."""

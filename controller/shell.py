@@ -342,7 +342,7 @@ class Bulkhead(app_manager.OSKenApp):  # type: ignore[misc]
         }
 
     def _flows(self, bridge: str, reply: Callable[[dict[str, Any]], None]) -> None:
-        switch = next((s for s in self.core.switches.values() if s.name == bridge), None)
+        switch = self.core.by_name(bridge)
         link = self.links.get(switch.dpid) if switch is not None else None
         if switch is None or link is None:
             there = ", ".join(sorted(s.name for s in self.core.switches.values())) or "none"

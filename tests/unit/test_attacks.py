@@ -8,13 +8,17 @@ import pytest
 
 from apps.learning import APP_ID, CONTAINERS, HARD_S, IDLE_S, PRIORITY
 from apps.packet_in import QUIET_S, PacketIn, quiet
+from controller.compile import BridgeCompiler
 from controller.events import Kind
+from controller.fields import LOCAL
 from controller.flow import Cookie, Flow, Load, Match, Output, SetField
-from controller.model import DesiredState, Member, Role, Rule
+from controller.frame import Port
+from controller.model import DesiredState, Mac, Member, Role, Rule
 from controller.ofrules import judge
 from controller.pipeline import OUT_BITS, RETURN, RETURNED, ROLE, VIOLATION, Violation, role_value
+from controller.signals import BridgeFacts, FactsSeen, PortChanged, SwitchUp
 from tests.fakes.states import started, switch_for, two_networks, with_network
-from tests.fakes.switch import Dropped, Sent, Shown, Wired
+from tests.fakes.switch import Dropped, FakeSwitch, Sent, Shown, Wired
 
 STATE = two_networks()
 PRIVACY, MANAGEMENT = STATE.networks
@@ -141,8 +145,101 @@ def test_an_address_nobody_can_have_does_not_come_in(source: str) -> None:
     switch = switches["vmbr0"]
     wired.send(switch, switch.number("veth102"), packet(XRAY, WORLD))
     assert PRIVACY.egress is not None
-    back = {"eth_src": PRIVACY.egress.mac, "ipv4_src": source, "ipv4_dst": XRAY.address}
+    back: dict[str, int | str] = {"eth_src": PRIVACY.egress.mac, "ipv4_src": source, "ipv4_dst": XRAY.address}
     assert switch.trace(switch.number("warp0"), back) == Shown(Violation.SPOOF)
     for port in (switch.number("from-privacy"), 0xFFFFFFFE):
-        client = {**PEER, "ipv4_src": source, "ipv4_dst": GATEWAY.address}
+        client: dict[str, int | str] = {**PEER, "ipv4_src": source, "ipv4_dst": GATEWAY.address}
         assert switch.trace(port, client, udp_dst=51820) == Shown(Violation.SPOOF)
+
+
+# ------------------------------------------------------------------------------------------------- who is which bridge
+
+
+def facts(*pairs: tuple[str, int]) -> FactsSeen:
+    return FactsSeen(tuple(BridgeFacts(name, dpid, "secure", False) for name, dpid in pairs))
+
+
+def test_a_bridge_whose_datapath_id_changes_keeps_its_flows_while_ovsdb_lags_behind() -> None:
+    """As it does when a port with a lower Ethernet address comes."""
+    wired, switches = started()
+    switch = switches["vmbr0"]
+    wired.say(facts(("vmbr0", switch.dpid)))
+    full, sent = switch.ours(), len(switch.installs)
+    wired.say(*switch.disconnect())
+    del wired.switches[switch.dpid]
+    switch.dpid = 0xABC
+    wired.switches[switch.dpid] = switch
+    wired.up()
+    wired.wait(1)
+    assert switch.ours() == full
+    wired.say(facts(("vmbr0", 0xABC)))
+    assert wired.core.switches[0xABC].bridge == STATE.bridges[0]
+    assert switch.ours() == full and len(switch.installs) == sent
+    wired.wait(10)
+    assert switch.ours() == full and wired.core.status()["undeclared"] == []
+
+
+def test_a_new_bridge_that_ovsdb_does_not_know_the_id_of_yet_is_taken_by_its_name() -> None:
+    switch = switch_for(STATE, "vmbr0")
+    wired = Wired(STATE, switch)
+    wired.say(facts(("vmbr0", 0)))
+    wired.up()
+    assert wired.core.switches[switch.dpid].bridge == STATE.bridges[0] and len(switch.ours()) > 50
+
+
+def test_when_an_impostor_goes_the_bridge_itself_is_recognised() -> None:
+    """Without OVSDB the first of a name is believed, but not for ever."""
+    impostor, real = FakeSwitch("vmbr0", 55, {"veth102": 4}), switch_for(STATE, "vmbr0")
+    full = flows_of(STATE, real)
+    real.hold(full)
+    wired = Wired(STATE, impostor)
+    wired.up()
+    wired.switches[real.dpid] = real
+    wired.up()
+    assert wired.core.switches[real.dpid].bridge is None and real.ours() == full, "nothing is lost to a claim at once"
+    wired.say(*impostor.disconnect())
+    assert wired.core.switches[real.dpid].bridge == STATE.bridges[0]
+    wired.wait(10)
+    assert real.ours() == full and not real.installs
+
+
+def flows_of(state: DesiredState, switch: FakeSwitch) -> set[Flow]:
+    other = switch_for(state, switch.name)
+    Wired(state, other).up()
+    return other.ours()
+
+
+def test_what_is_asked_about_a_bridge_is_not_answered_by_an_impostor() -> None:
+    impostor, real = FakeSwitch("vmbr0", 55, {"veth102": 4}), switch_for(STATE, "vmbr0")
+    wired = Wired(STATE, impostor, real)
+    wired.say(facts(("vmbr0", real.dpid)))
+    wired.up()
+    found = wired.core.by_name("vmbr0")
+    assert found is not None and found.dpid == real.dpid
+    (plan,) = [row for row in wired.core.plan(STATE) if row["bridge"] == "vmbr0"]
+    assert plan["changes"] == []
+
+
+@pytest.mark.parametrize(("number", "name"), [(0x10003, "veth100"), (0xFFFE, "veth100"), (3, "veth100"), (7, "LOCAL")])
+def test_impossible_ports_do_not_keep_a_state_from_coming_into_force(number: int, name: str) -> None:
+    """A switch that tells two ports of one number, or numbers that stand for others, contradicts itself, not the file."""
+    mac = Mac.parse("02:00:00:00:00:09")
+    wired = Wired(STATE)
+    ports = [Port(LOCAL, "vmbr0", mac, True), Port(3, "veth102", mac, True), Port(number, name, mac, True)]
+    wired.say(SwitchUp(1, "vmbr0", tuple(ports)), PortChanged(1, ports[-1]))
+    wired.load(with_network(STATE, "privacy", refuse=False))
+    assert not wired.of(Kind.STATE_REJECTED)
+    assert wired.core.switches[1].ports["LOCAL"].number == LOCAL
+
+
+def test_a_state_that_shows_a_defect_of_ours_leaves_the_old_one_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    wired, _ = started(STATE)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(BridgeCompiler, "compile", broken)
+    with pytest.raises(RuntimeError):
+        wired.load(with_network(STATE, "privacy", refuse=False))
+    assert wired.core.state is STATE
+    assert all(switch.bridge is not None for switch in wired.core.switches.values())

@@ -12,7 +12,7 @@ from scapy.layers.l2 import Ether
 from apps.learning import HARD_S, IDLE_S, LIMIT, REPLIES
 from apps.packet_in import QUIET_S
 from controller.compile import CANARY_FLOW, UNDECLARED_FLOW
-from controller.core import Core
+from controller.core import CONTESTED_S, Core
 from controller.events import Event, Kind
 from controller.fields import LOCAL
 from controller.flow import Cookie, Flow, Match, Output
@@ -708,6 +708,7 @@ def test_a_second_switch_of_one_name_is_unknown() -> None:
     twin.now = wired.now
     wired.switches[55] = twin
     wired.up()
+    wired.wait(CONTESTED_S + 1)
     assert twin.ours() == {UNDECLARED_FLOW, CANARY_FLOW}
     assert "a second switch claims to be vmbr0" in wired.of(Kind.UNKNOWN_BRIDGE)[0].text
 
@@ -717,6 +718,8 @@ def test_a_switch_that_claims_a_name_ovsdb_gives_to_another_is_unknown_even_if_i
     wired = Wired(STATE, impostor)
     wired.say(FactsSeen((BridgeFacts("vmbr0", real.dpid, "secure", False),)))
     wired.up()
+    wired.wait(CONTESTED_S + 1)
+    real.now = wired.now
     assert impostor.ours() == {UNDECLARED_FLOW, CANARY_FLOW}
     assert "claims to be vmbr0" in wired.of(Kind.UNKNOWN_BRIDGE)[0].text
     wired.switches[real.dpid] = real
