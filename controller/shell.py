@@ -6,6 +6,7 @@ the other. Every handler is guarded: what it lets through is counted, logged as 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal as unix_signal
@@ -385,4 +386,7 @@ def serve(settings: Settings) -> None:
     listener = Listener(settings.listen)
     app = manager.instantiate(Bulkhead, settings=settings, core=Core(loaded.state), log=log)
     control = ControlSocket(settings.run_dir / "controller.sock", app.answer)
+    # Flows are many small values that live long. With the default thresholds, every change of a big state sets off a
+    # collection of all of them, which costs more than the change.
+    gc.set_threshold(100_000, 50, 100)
     app.run(listener, control)
