@@ -62,8 +62,12 @@ class ControlSocket:
         while True:
             try:
                 sock, _ = self._server.accept()
-            except OSError:
-                return
+            except OSError as exc:
+                if self._server.fileno() < 0:
+                    return
+                LOG.warning("accept: %s", exc)  # out of descriptors, most likely: wait for some to come back
+                hub.sleep(0.2)
+                continue
             hub.spawn(self._serve_one, sock)
 
     def _serve_one(self, sock: socket.socket) -> None:
@@ -73,10 +77,14 @@ class ControlSocket:
             question = json.loads(line)
             if not isinstance(question, dict):
                 raise ValueError("not an object")
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, RecursionError) as exc:
             _send(sock, {"error": f"a question is one JSON object on a line: {exc}"})
             return
-        self._answer(question, lambda reply: _send(sock, reply))
+        try:
+            self._answer(question, lambda reply: _send(sock, reply))
+        except Exception as exc:  # a defect of ours must not leave the asker waiting
+            LOG.exception("a question was not answered")
+            _send(sock, {"error": f"a defect of the controller was caught: {type(exc).__name__}: {exc}"})
 
     def close(self) -> None:
         """Stop answering and take the socket away."""

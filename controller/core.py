@@ -235,6 +235,12 @@ class Core:
 
     def _state_loaded(self, loaded: StateLoaded, now: float) -> Effects:
         """All or nothing: every bridge compiles with the new state, or the old one stays for all of them."""
+        if self.state.networks and not loaded.state.networks:
+            text = (
+                f"{loaded.source} was refused, the old state stays in force: it declares no network, and every bridge "
+                "would be shut. Mend the file; to give the bridges up, stop the controller"
+            )
+            return [self._log(Kind.STATE_REJECTED, text, None)]
         old, before = self.state, {s.dpid: (s.bridge, s.egress_up) for s in self.switches.values()}
         self.state = loaded.state
         out: Effects = []

@@ -36,6 +36,7 @@ from controller.control import ControlSocket
 from controller.core import Core
 from controller.eventlog import EventLog
 from controller.events import Event, Kind
+from controller.eventview import escape
 from controller.frame import Port
 from controller.link import Link
 from controller.listen import Listen, Listener
@@ -358,7 +359,8 @@ class Bulkhead(app_manager.OSKenApp):  # type: ignore[misc]
 
 
 def _port(desc: Any) -> Port:
-    name = desc.name.rstrip(b"\0").decode("utf-8", "replace")
+    # Whoever connects chooses the names; they end in terminals and logs.
+    name = escape(desc.name.rstrip(b"\0").decode("utf-8", "replace"))
     down = desc.config & ofproto_v1_4.OFPPC_PORT_DOWN or desc.state & ofproto_v1_4.OFPPS_LINK_DOWN
     return Port(desc.port_no, name, Mac.parse(desc.hw_addr), not down)
 

@@ -110,6 +110,10 @@ def _prefix(value: object) -> Prefix:
     address, prefix = _cidr(_text(value), "10.0.0.0/24")
     if address != prefix.address:
         raise _bad("bad-prefix", str(prefix), "Bits are set behind the prefix length; write the network's address.")
+    return _unicast(prefix)
+
+
+def _unicast(prefix: Prefix) -> Prefix:
     reserved = ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3")
     if any(Prefix.parse(text).overlaps(prefix) for text in reserved):
         raise _bad("bad-prefix", "a unicast prefix", f"It overlaps one of {', '.join(reserved)}; choose another.")
@@ -117,7 +121,8 @@ def _prefix(value: object) -> Prefix:
 
 
 def _interface_address(value: object) -> tuple[Ipv4, Prefix]:
-    return _cidr(_text(value), "10.0.0.100/24")
+    address, prefix = _cidr(_text(value), "10.0.0.100/24")
+    return address, _unicast(prefix)
 
 
 def _mac(value: object) -> Mac:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from apps.learning import APP_ID, CONTAINERS, HARD_S, IDLE_S, PRIORITY
 from apps.packet_in import QUIET_S, PacketIn, quiet
 from controller.compile import BridgeCompiler
+from controller.control import ControlSocket
 from controller.events import Kind
 from controller.fields import LOCAL
 from controller.flow import Cookie, Flow, Load, Match, Output, SetField
@@ -16,7 +22,9 @@ from controller.frame import Port
 from controller.model import DesiredState, Mac, Member, Role, Rule
 from controller.ofrules import judge
 from controller.pipeline import OUT_BITS, RETURN, RETURNED, ROLE, VIOLATION, Violation, role_value
+from controller.problems import InvalidInput
 from controller.signals import BridgeFacts, FactsSeen, PortChanged, SwitchUp
+from controller.statefile import loads
 from tests.fakes.states import started, switch_for, two_networks, with_network
 from tests.fakes.switch import Dropped, FakeSwitch, Sent, Shown, Wired
 
@@ -243,3 +251,54 @@ def test_a_state_that_shows_a_defect_of_ours_leaves_the_old_one_in_force(monkeyp
         wired.load(with_network(STATE, "privacy", refuse=False))
     assert wired.core.state is STATE
     assert all(switch.bridge is not None for switch in wired.core.switches.values())
+
+
+def test_a_state_without_networks_does_not_shut_everything() -> None:
+    wired, switches = started(STATE)
+    before = {name: switch.ours() for name, switch in switches.items()}
+    wired.load(DesiredState())
+    assert wired.of(Kind.STATE_REJECTED) and wired.core.state is STATE
+    assert {name: switch.ours() for name, switch in switches.items()} == before
+
+
+@pytest.mark.parametrize("address", ["127.0.0.5/24", "224.0.0.5/24", "0.0.0.5/24", "240.0.0.9/28"])
+def test_no_subnet_is_derived_that_could_not_be_declared(address: str) -> None:
+    properties = f"{{name: a, ipv4_address: {address}, network: privacy}}"
+    with pytest.raises(InvalidInput) as refused:
+        loads(f'lxc: {{containers: [{{id: "100", bridge: b0, properties: {properties}}}]}}', "t")
+    assert [problem.code for problem in refused.value.problems] == ["bad-prefix"]
+
+
+# ------------------------------------------------------------------------------------------------- the control socket
+
+
+@pytest.mark.parametrize(
+    "question", [b"[" * 4000 + b"\n", b"{}\n", b"1\n", b"\xff\n", b"\n", b'{"a":' * 800 + b"\n", b"x" * 5000]
+)
+def test_every_question_is_answered(tmp_path: Path, question: bytes) -> None:
+    def answer(question: object, reply: object) -> None:
+        raise KeyError("a defect")
+
+    control = ControlSocket(tmp_path / "controller.sock", answer)
+    asker, answerer = socket.socketpair()
+    with asker:
+        asker.settimeout(5)
+        asker.sendall(question)
+        control._serve_one(answerer)
+        assert "error" in json.loads(asker.makefile("rb").readline())
+    control.close()
+
+
+# --------------------------------------------------------------------------------------------------- names of switches
+
+
+def test_names_that_a_switch_tells_cannot_write_to_a_terminal() -> None:
+    """In a process of its own: the shell chooses a thread hub."""
+    code = """
+from types import SimpleNamespace
+from controller.shell import _port
+name = b"\\x1b[2J\\x07\\n" + bytes(9)
+port = _port(SimpleNamespace(name=name, config=0, state=0, port_no=3, hw_addr="02:00:00:00:00:01"))
+assert port.name.isprintable() and port.name == r"\\x1b[2J\\x07\\x0a", port.name
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], timeout=60)
