@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from os_ken.controller.controller import Datapath
+from os_ken.controller.handler import MAIN_DISPATCHER
 
 from controller import hub
 from controller.problems import BulkheadError
@@ -73,7 +74,7 @@ class _Connection:
 
     @property
     def finished(self) -> bool:
-        return self.datapath is not None and self.datapath.id is not None
+        return self.datapath is not None and self.datapath.state == MAIN_DISPATCHER
 
     def end(self) -> None:
         for call in (lambda: self.sock.shutdown(socket.SHUT_RDWR), self.sock.close):
