@@ -25,6 +25,7 @@ PRIORITY = 100
 CONTAINERS = cookie(APP_ID, "returns/containers", learned=True)
 MESH = cookie(APP_ID, "returns/mesh", learned=True)
 REPLIES = cookie(APP_ID, "returns/replies", learned=True)
+MESH_REPLIES = cookie(APP_ID, "returns/mesh-replies", learned=True)
 
 _PORTS: dict[int, tuple[Field, Field]] = {
     TCP: (fields.TCP_SRC, fields.TCP_DST),
@@ -39,7 +40,8 @@ _CHOOSE = (
 )
 
 
-_KINDS = {CONTAINERS, MESH, REPLIES}
+_KINDS = {CONTAINERS: PRIORITY, MESH: PRIORITY, REPLIES: PRIORITY, MESH_REPLIES: PRIORITY - 1}
+_REPLIES = {REPLIES, MESH_REPLIES}
 _CHOICE = {RETURNED.header, OUT_BITS.header, fields.ETH_DST.header}
 
 
@@ -48,15 +50,15 @@ def is_path(flow: Flow) -> bool:
 
     It may choose a port for answers to one address and do nothing else; the output guard has the last word on the port.
     """
-    if flow.cookie not in _KINDS or (flow.table, flow.priority, flow.goto) != (RETURN.id, PRIORITY, None):
+    if (flow.table, flow.priority, flow.goto) != (RETURN.id, _KINDS.get(flow.cookie), None):
         return False
     if (flow.idle_s, flow.hard_s) != (IDLE_S, HARD_S):
         return False
-    whose = flow.match.get(fields.IN_PORT_FIELD if flow.cookie == REPLIES else ROLE)
+    whose = flow.match.get(fields.IN_PORT_FIELD if flow.cookie in _REPLIES else ROLE)
     target = flow.match.get(fields.IPV4_DST)
     if whose is None or target is None or target[1] != fields.IPV4_DST.full:
         return False
-    if flow.cookie != REPLIES and whose != (role_value(Role.EGRESS), ROLE.full):
+    if flow.cookie not in _REPLIES and whose != (role_value(Role.EGRESS), ROLE.full):
         return False
     return all(
         (isinstance(action, SetField) and action.header in _CHOICE)
@@ -83,14 +85,18 @@ def learn_return(role: Role) -> Learn:
     )
 
 
-def learn_reply(server_port: int, protocol: int) -> Learn:
+def learn_reply(server_port: int, protocol: int, role: Role = Role.HOST) -> Learn:
     """Learned from a client's packet to a service: the server's answers to that client, and only those, go back
-    through the port the client came in by. `server_port` is the OpenFlow port of the server."""
+    through the port the client came in by. `server_port` is the OpenFlow port of the server, `role` the client's.
+
+    Across the mesh a client may have any address: such paths have a limit of their own, and give way to the host's, so
+    that no peer can use up the room for the host's clients or draw their answers to itself.
+    """
     source, target = _PORTS[protocol]
     return Learn(
         RETURN.id,
-        PRIORITY,
-        REPLIES,
+        PRIORITY - 1 if role is Role.MESH else PRIORITY,
+        MESH_REPLIES if role is Role.MESH else REPLIES,
         IDLE_S,
         HARD_S,
         LIMIT,

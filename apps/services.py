@@ -12,7 +12,6 @@ from controller.model import Prefix, Role
 from controller.pipeline import SERVICE, Band, MatchValue, any_role, deliver, role_value
 
 INSIDE = any_role(Role.CONTAINER, Role.MESH)
-CLIENTS = any_role(Role.HOST, Role.MESH)
 
 
 class Services(App):
@@ -32,18 +31,18 @@ class Services(App):
     def shared(self, frame: Frame) -> Iterator[Flow]:
         if frame.vpn is not None:
             member = frame.vpn.member
-            reply = learn_reply(frame.vpn.port, UDP)
             to = deliver(frame.vpn.port, member.mac)
-            yield SERVICE.flow(
-                Band.OWN + 20,
-                self.own(f"service/{member.id}/vpn"),
-                to.after(reply),
-                reg0=CLIENTS,
-                eth_type=IPV4,
-                ip_proto=UDP,
-                ipv4_dst=member.address,
-                udp_dst=frame.vpn.udp_port,
-            )
+            for role in (Role.HOST, Role.MESH):
+                yield SERVICE.flow(
+                    Band.OWN + 20,
+                    self.own(f"service/{member.id}/vpn"),
+                    to.after(learn_reply(frame.vpn.port, UDP, role)),
+                    reg0=role_value(role),
+                    eth_type=IPV4,
+                    ip_proto=UDP,
+                    ipv4_dst=member.address,
+                    udp_dst=frame.vpn.udp_port,
+                )
         if frame.host_takes_part:
             yield SERVICE.flow(Band.REST + 50, self.own("port/host"), reg0=role_value(Role.HOST))
 

@@ -274,6 +274,7 @@ _FIXED_OBJECTS = (
     "returns/containers",
     "returns/mesh",
     "returns/replies",
+    "returns/mesh-replies",
 )
 
 

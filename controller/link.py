@@ -35,6 +35,12 @@ METER_RATE = 50
 """Packet-ins a second that a switch may send us; what is more is counted in its flows and dropped."""
 METER_BURST = 50
 MONITOR_ID = 0xB01C
+MOST_FLOWS = 250_000
+"""More flows than this in one answer, and it is not looked at: a switch must not fill our memory."""
+MOST_WAITING = 1000
+"""So many messages may wait for a switch that does not read before what is of use only now is left out."""
+MOST_REQUESTS = 32
+"""Requests for flows that may be without an answer; the oldest is given up for another."""
 _METER_EXISTS = (12, 1)
 _METER_MOD_FAILED = 12
 
@@ -120,12 +126,14 @@ class Link:
                 self._install(effect)
             case AddFlow(_, flow):
                 self._send(codec.flow_mod(flow, codec.ADD, self._next()))
-            case SendPacket(_, port, data):
+            case SendPacket(_, port, data) if self._queue.qsize() < MOST_WAITING:
                 self._send(codec.packet_out(port, data, self._next()))
 
     def request_flows(self, done: Callable[[tuple[FlowStats, ...]], None], table: int | None = None) -> None:
         """Ask for the flows (of one table) with their counters; `done` gets them when all have come."""
         xid = self._next()
+        while len(self._collecting) >= MOST_REQUESTS:
+            del self._collecting[next(iter(self._collecting))]
         self._collecting[xid] = _Collecting(done)
         self._send(codec.flow_stats_request(xid) if table is None else codec.flow_stats_request(xid, table))
 
@@ -213,7 +221,10 @@ class Link:
             del self._collecting[xid]
             self._feed(SwitchError(self.dpid, f"flow statistics that do not parse: {exc}"))
             return
-        if not more:
+        if len(collecting.entries) > MOST_FLOWS:
+            del self._collecting[xid]
+            self._feed(SwitchError(self.dpid, f"more than {MOST_FLOWS} flows in one answer; it is not looked at"))
+        elif not more:
             del self._collecting[xid]
             collecting.done(tuple(collecting.entries))
 

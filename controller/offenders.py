@@ -23,6 +23,8 @@ POLL_IDLE_S = 10.0
 NOISY = 20
 """So many samples of one port and kind within `NOISY_S` make it an offender that is dropped unseen for a while."""
 NOISY_S = 2.0
+MOST_PORTS = 1 << 16
+"""Ports and flows that are counted for one switch: it must not fill our memory with numbers that it makes up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class Offenders:
             if stats.flow.table == VIOLATION.id:
                 if self._adopted:
                     self._add(stats.flow, stats.packets)
-                else:
+                elif len(self._counts) < MOST_PORTS:
                     self._counts[stats.flow.key] = stats.packets
         self._adopted = True
 
@@ -77,6 +79,9 @@ class Offenders:
         try:
             kind = Violation(kind_value[0])
         except ValueError:
+            self.unreadable += 1
+            return None
+        if in_port[0] not in self._ports and len(self._ports) >= MOST_PORTS:
             self.unreadable += 1
             return None
         port = self._ports.setdefault(in_port[0], _Port())
@@ -116,6 +121,9 @@ class Offenders:
             self._counts.pop(removed.flow.key, None)
 
     def _add(self, flow: Flow, packets: int) -> None:
+        if flow.key not in self._counts and len(self._counts) >= MOST_PORTS:
+            self.unreadable += 1
+            return
         before = self._counts.get(flow.key, 0)
         self._counts[flow.key] = packets
         in_port = flow.match.get(fields.IN_PORT_FIELD)

@@ -647,14 +647,14 @@ def check_vpn(policy: Policy, switch: FakeSwitch, at: dict[str, int]) -> None:
     if network.vpn is None or server is None:
         return
     mac = int(network.mesh.mac) if network.mesh else 0
-    for client, eth_src in ((LOCAL, 5), (policy.mesh, mac)):
+    for client, eth_src, port in ((LOCAL, 5, 5555), (policy.mesh, mac, 5556)):
         if client is None:
             continue
-        out = {"udp_src": 5555, "udp_dst": network.vpn.port, "ipv4_src": int(WORLD[1]), "ipv4_dst": int(server.address)}
+        out = {"udp_src": port, "udp_dst": network.vpn.port, "ipv4_src": int(WORLD[1]), "ipv4_dst": int(server.address)}
         found, _ = switch.push(packet(client, out, eth_src=eth_src))
         assert found == Sent(at[server.id])
         back = {
-            "udp_dst": 5555,
+            "udp_dst": port,
             "udp_src": network.vpn.port,
             "ipv4_dst": int(WORLD[1]),
             "ipv4_src": int(server.address),

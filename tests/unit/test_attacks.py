@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from apps.learning import APP_ID, CONTAINERS, HARD_S, IDLE_S, PRIORITY
+from apps.learning import APP_ID, CONTAINERS, HARD_S, IDLE_S, LIMIT, MESH_REPLIES, PRIORITY
 from apps.packet_in import QUIET_S, PacketIn, quiet
 from controller.compile import BridgeCompiler
 from controller.control import ControlSocket
@@ -86,6 +86,34 @@ def test_what_is_really_learned_or_quieted_is_left_alone() -> None:
     wired.up()
     wired.wait(2)
     assert len(switch.learned()) == 2 and not wired.of(Kind.TAMPERING)
+
+
+def vpn_client(address: str, port: int) -> dict[str, int | str]:
+    return {**PEER, "ipv4_src": address, "ipv4_dst": str(GATEWAY.address), "udp_src": port, "udp_dst": 51820}
+
+
+def test_a_mesh_peer_cannot_draw_the_answers_to_a_client_of_the_host_to_itself() -> None:
+    wired, switches = started()
+    switch = switches["vmbr0"]
+    server, mesh = switch.number("veth100"), switch.number("from-privacy")
+    answer = {**packet(GATEWAY, "9.9.9.9"), "udp_src": 51820, "udp_dst": 555}
+    wired.send(switch, mesh, vpn_client("9.9.9.9", 555))
+    assert switch.trace(server, answer) == Sent(mesh)
+    wired.send(switch, LOCAL, vpn_client("9.9.9.9", 555))
+    assert switch.trace(server, answer) == Sent(LOCAL)
+    wired.send(switch, mesh, vpn_client("9.9.9.9", 555))
+    assert switch.trace(server, answer) == Sent(LOCAL)
+    assert len(wired.core.switches[switch.dpid].flows.learned) == 2 and not wired.of(Kind.TAMPERING)
+
+
+def test_mesh_peers_cannot_use_up_the_room_for_clients_of_the_host() -> None:
+    wired, switches = started()
+    switch = switches["vmbr0"]
+    switch.hold(Flow(RETURN.id, 99, Match.named(reg5=n), (), None, MESH_REPLIES) for n in range(LIMIT))
+    wired.send(switch, switch.number("from-privacy"), vpn_client("9.9.9.9", 555))
+    assert len(switch.learned()) == LIMIT
+    wired.send(switch, LOCAL, vpn_client("9.9.9.9", 555))
+    assert len(switch.learned()) == LIMIT + 1
 
 
 # --------------------------------------------------------------------------------------------- members that are away
@@ -300,5 +328,46 @@ from controller.shell import _port
 name = b"\\x1b[2J\\x07\\n" + bytes(9)
 port = _port(SimpleNamespace(name=name, config=0, state=0, port_no=3, hw_addr="02:00:00:00:00:01"))
 assert port.name.isprintable() and port.name == r"\\x1b[2J\\x07\\x0a", port.name
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], timeout=60)
+
+
+# -------------------------------------------------------------------------------------- switches that never come to an end
+
+
+def test_a_switch_cannot_fill_our_memory() -> None:
+    """In a process of its own: the wire side chooses a thread hub."""
+    code = """
+from controller import codec, link
+from controller.offenders import MOST_PORTS, Offenders
+from controller.flow import Match
+from controller.link import MOST_REQUESTS, MOST_WAITING, Link
+from controller.signals import SendPacket, SwitchError
+from controller.wire import Entry
+
+class Deaf:
+    id = 1
+    def send(self, buf, close_socket=False): raise AssertionError
+    def close(self): pass
+
+said = []
+one = Link(Deaf(), said.append)
+for n in range(3 * MOST_WAITING):
+    one.do(SendPacket(1, 1, b"x"))
+assert one._queue.qsize() == MOST_WAITING
+for n in range(3 * MOST_REQUESTS):
+    one.request_flows(lambda flows: None)
+assert len(one._collecting) == MOST_REQUESTS
+link.MOST_FLOWS = 100
+entry = Entry((48 + 8).to_bytes(2, "big") + bytes(46) + b"\\0\\1\\0\\4" + bytes(4))
+xid = next(reversed(one._collecting))
+for n in range(20):
+    one.flows(xid, [entry] * 10, True)
+assert xid not in one._collecting and [type(s) for s in said] == [SwitchError], said
+
+found = Offenders()
+for n in range(MOST_PORTS + 10):
+    found.seen(codec.PacketIn(0, 100, Match.named(in_port=n, reg2=1), b"", 0), 0.0)
+assert len(found._ports) == len(found._recent) == MOST_PORTS and found.unreadable == 10
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], timeout=60)
