@@ -60,6 +60,7 @@ MAY = {
     (Role.HOST, Role.CONTAINER),
 }
 NOT_THE_WORLD = [Prefix.parse(t) for t in ("0.0.0.0/8", "10.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")]
+NOBODY = [Prefix.parse(t) for t in ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")]
 NOT_THE_WORLD += [Prefix.parse(t) for t in ("100.64.0.0/10", "172.16.0.0/12", "192.168.0.0/16")]
 
 
@@ -301,12 +302,12 @@ class Policy:
             assert self.network.egress is not None
             if get(p, "eth_src") != self.network.egress.mac:
                 return False
-            return source == self.network.gateway if arp else not among(source, self.own)
+            return source == self.network.gateway if arp else not among(source, self.own + NOBODY)
         if role is Role.MESH:
             assert self.network.mesh is not None
             if get(p, "eth_src") != self.network.mesh.mac:
                 return False
-            local = source in {m.address for m in self.members.values()}
+            local = source in {m.address for m in self.network.members}  # be they there or away
             subnet = self.network.subnet
             nobodys = (subnet.address, subnet.address | ~subnet.mask & 0xFFFFFFFF)
             if local or source in (self.network.gateway, self.network.host, *nobodys):
@@ -324,7 +325,9 @@ class Policy:
             return False
         to = get(p, "ip_proto") == UDP and get(p, "udp_dst") == self.network.vpn.port
         return (
-            to and get(p, "ipv4_dst") == self.server.address and not among(get(p, "ipv4_src"), self.own + self.foreign)
+            to
+            and get(p, "ipv4_dst") == self.server.address
+            and not among(get(p, "ipv4_src"), self.own + self.foreign + NOBODY)
         )
 
     def check(self, p: Packet, sent: Sent, now: float) -> None:
@@ -352,6 +355,9 @@ class Policy:
             assert not among(target, NOT_THE_WORLD) and not among(target, self.own), "that is not the world"
             assert not self.is_vpn_answer(p), "the VPN server's own packets went into the tunnel"
             self.note(source, in_port, now)
+        if out == self.mesh and self.network.mesh is not None and self.roles[in_port] is Role.CONTAINER:
+            across = among(target, list(self.network.mesh.prefixes))
+            assert across or self.is_vpn_answer(p), "the world is reached by the egress alone"
         if out in self.members:
             member = self.members[out]
             assert target == member.address or among(target, list(member.routed)), "not meant for that container"
