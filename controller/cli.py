@@ -26,8 +26,9 @@ from rich.table import Table as Grid
 from controller import eventview
 from controller.compile import BridgeCompiler, Compiled, Conflict, Names, planned_ports, try_out
 from controller.control import ask
-from controller.eventlog import Filter, follow, last_seq, read, verify
+from controller.eventread import Filter, follow, last_seq, read
 from controller.events import Kind, Record, encode
+from controller.eventverify import verify
 from controller.model import BridgeKind, DesiredState
 from controller.pipeline import table_name
 from controller.problems import BulkheadError, InvalidInput, Problem, Severity

@@ -2,7 +2,7 @@
 
 An `Event` is what a part of the program reports. A `Record` is an event that was written: it has a number, a time and
 the hash of the record before it, so that a record that is altered, removed or moved later is found. Everything here
-is pure; `controller.eventlog` keeps records in files. Imports nothing of ours.
+is pure; `controller.eventfiles` tells how records are kept in files. Imports nothing of ours.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ def _colour(shown: examples.Shown) -> str:
 
 
 def _follow(status: Status) -> None:
-    from controller.eventlog import follow
+    from controller.eventread import follow
     from controller.eventview import format_record
 
     click.echo("\nThe event log, and what happens from now on; the lab is up until Ctrl-C.")

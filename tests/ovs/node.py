@@ -28,7 +28,7 @@ from ovs.unixctl.client import UnixctlClient
 
 from controller import statefile
 from controller.control import ask
-from controller.eventlog import read
+from controller.eventread import read
 from controller.events import Record
 from controller.model import DesiredState, Ipv4, Mac, Network
 from lab.ovs import Here, Namespace, PrivateOvs

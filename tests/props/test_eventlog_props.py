@@ -12,8 +12,10 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controller.eventlog import MIN_SEGMENT_BYTES, Damage, EventLog, Verdict, read, verify
+from controller.eventlog import MIN_SEGMENT_BYTES, EventLog
+from controller.eventread import read
 from controller.events import Event, Kind, decode, encode, seal
+from controller.eventverify import Damage, Verdict, verify
 
 COUNT = 60
 HEAD = "head"

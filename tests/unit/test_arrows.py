@@ -14,8 +14,8 @@ PACKAGES = ("controller", "apps", "lab")
 # From the bottom up. A module may import what stands in lower ranks, and in its own.
 RANKS = (
     ("problems", "model", "events"),
-    ("fields", "ofparse", "statetext"),
-    ("flow", "stateschema", "ofrules", "eventlog", "eventview"),
+    ("fields", "ofparse", "statetext", "eventfiles"),
+    ("flow", "stateschema", "ofrules", "eventlog", "eventread", "eventverify", "eventview"),
     ("frame", "statederive"),
     ("pipeline", "statefile"),
     ("apps",),
@@ -35,7 +35,10 @@ RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 KNOWS_OS_KEN = {"shell", "listen", "link", "hub", "wire", "packets"}
 # Between these nothing may be imported but what is named: the reader of state files, the log and the flows are apart.
 APART = {
-    "eventlog": {"events", "problems"},
+    "eventfiles": {"events", "problems"},
+    "eventlog": {"events", "eventfiles"},
+    "eventread": {"events", "eventfiles"},
+    "eventverify": {"events", "eventfiles"},
     "eventview": {"events"},
     "events": set(),
     "model": set(),

@@ -17,22 +17,11 @@ from typing import TypedDict
 
 import pytest
 
-from controller.eventlog import (
-    MIN_SEGMENT_BYTES,
-    Damage,
-    EventLog,
-    EventLogBusy,
-    EventLogError,
-    Filter,
-    RateGuard,
-    Reason,
-    Verdict,
-    follow,
-    last_seq,
-    read,
-    verify,
-)
+from controller.eventfiles import EventLogBusy, EventLogError, Reason
+from controller.eventlog import MIN_SEGMENT_BYTES, EventLog, RateGuard
+from controller.eventread import Filter, follow, last_seq, read
 from controller.events import GENESIS, JSON, Event, Kind, Record, decode, encode, seal
+from controller.eventverify import Damage, Verdict, verify
 
 ROOT = Path(__file__).resolve().parents[2]
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -410,8 +399,11 @@ class TestBound:
 DISK_FULL = """
 import os, sys
 from pathlib import Path
-from controller.eventlog import EventLog, Reason, read, verify
+from controller.eventfiles import Reason
+from controller.eventlog import EventLog
+from controller.eventread import read
 from controller.events import Event, Kind
+from controller.eventverify import verify
 
 top = Path(sys.argv[1])
 full_at_start = sys.argv[2] == "start"
@@ -821,8 +813,10 @@ import eventlet
 eventlet.monkey_patch()
 import sys
 from pathlib import Path
-from controller.eventlog import EventLog, follow, verify
+from controller.eventlog import EventLog
+from controller.eventread import follow
 from controller.events import Event, Kind
+from controller.eventverify import verify
 
 directory = Path(sys.argv[1])
 log = EventLog(directory, segment_bytes=4096, max_bytes=1 << 20)
