@@ -61,7 +61,7 @@ from controller.signals import (
 from controller.statefile import load
 
 TICK_S = 0.25
-WATCH_S = 0.5
+WATCH_S = 0.25
 FACTS_S = 0.5
 FACTS_PATIENCE_S = 3.0
 ECHO_S = 5.0
@@ -269,13 +269,16 @@ class Bulkhead(app_manager.OSKenApp):  # type: ignore[misc]
         return f"the controller listens on {where} with state {self.core.state.digest}"
 
     def _watch_loop(self) -> None:
-        seen = _stamp(self.settings.state_file)
+        # A file that is still being written may well be valid and lack half of the containers: read it once it has
+        # stopped changing.
+        seen = before = _stamp(self.settings.state_file)
         while not self._stopping:
             hub.sleep(WATCH_S)
             now = _stamp(self.settings.state_file)
-            if now != seen or self._hup:
+            if self._hup or before == now != seen:
                 seen, self._hup = now, False
                 self._reload()
+            before = now
 
     @guarded
     def _reload(self) -> None:
