@@ -7,20 +7,18 @@ Imports everything below the shell, and neither os-ken's controller nor any cloc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from apps.packet_in import QUIET_S
-from controller import diff, fields, packets
-from controller.codec import FlowStats, FlowUpdate, PacketIn, Reason, Update
+from controller import packets, status
+from controller.codec import FlowStats, PacketIn
 from controller.compile import BridgeCompiler, Compiled, Conflict, Names, planned_ports, undeclared
-from controller.events import JSON, Event, Kind
-from controller.flow import Flow
-from controller.frame import LOCAL_NAME, Port
-from controller.model import Bridge, BridgeKind, DesiredState, Ipv4, Network
-from controller.offenders import Offenders, Report
-from controller.pipeline import RETURN, Violation, table_name
-from controller.reconcile import Applied, Changed, Phase, Reconciler, ends_by_itself
+from controller.events import JSON, Kind
+from controller.frame import Port
+from controller.model import Bridge, BridgeKind, DesiredState
+from controller.pipeline import Violation
+from controller.reconcile import Applied, Phase, Reconciler
 from controller.signals import (
     AddFlow,
     BridgeFacts,
@@ -33,7 +31,6 @@ from controller.signals import (
     FactsSeen,
     FlowGone,
     FlowsChanged,
-    Log,
     PacketSeen,
     PortChanged,
     Refused,
@@ -46,8 +43,9 @@ from controller.signals import (
     SwitchUp,
     Tick,
 )
+from controller.switch import Switch, dpid_words, is_real, name_of
+from controller.wording import Wording
 
-RESERVED_PORTS = 0xFF00
 CONTESTED_S = 3.0
 """A switch whose name is declared but seems to be another's is left as it is so long: OVSDB may lag behind it, as when
 a bridge's datapath-id changes with its ports, and its flows are not to be lost to that."""
@@ -57,34 +55,12 @@ REFUSED_KINDS = {Violation.CROSSING, Violation.NO_EGRESS}
 Effects = list[Effect]
 
 
-@dataclass(slots=True)
-class Switch:
-    """One connected switch: which bridge it is (None: nobody declared it), its ports, and the state of its flows."""
-
-    dpid: int
-    name: str
-    bridge: Bridge | None
-    ports: dict[str, Port]
-    flows: Reconciler
-    compiler: BridgeCompiler
-    offenders: Offenders = field(default_factory=Offenders)
-    egress_up: bool | None = None
-    missing: tuple[str, ...] = ()
-
-    def port_name(self, number: int) -> str:
-        """The name of a port, or its number where there is none of that number (any more)."""
-        for port in self.ports.values():
-            if port.number == number:
-                return port.name
-        return f"port {number}"
-
-
 class Core:
     """All that the controller decides."""
 
     def __init__(self, state: DesiredState) -> None:
         self.state = state
-        self.names = Names([state])
+        self.wording = Wording(state, Names([state]))
         self.switches: dict[int, Switch] = {}
         self.facts: dict[str, BridgeFacts] = {}
         self._warned: dict[tuple[str, str], str] = {}
@@ -120,19 +96,22 @@ class Core:
         name = fact.name if fact else up.local_name
         bridge, trouble = self._recognise(up.dpid, name)
         # A number is one port's: two of one number would contradict each other in the flows.
-        told = {port.number: port for port in up.ports if _is_real(port)}
-        ports = {_name_of(port): replace(port, name=_name_of(port)) for port in told.values()}
+        told = {port.number: port for port in up.ports if is_real(port)}
+        ports = {name_of(port): replace(port, name=name_of(port)) for port in told.values()}
         compiler = BridgeCompiler()
         switch = Switch(up.dpid, name, bridge, ports, Reconciler(up.dpid, undeclared(name)), compiler)
         switch.flows.was_ours = up.dpid in self._known
         self.switches[up.dpid] = switch
         out: Effects = [
-            self._log(
-                Kind.SWITCH_UP, f"{name} connected with {len(up.ports)} ports", switch, data={"dpid": _dpid(up.dpid)}
+            self.wording.log(
+                Kind.SWITCH_UP,
+                f"{name} connected with {len(up.ports)} ports",
+                switch,
+                data={"dpid": dpid_words(up.dpid)},
             )
         ]
         if trouble:
-            out.append(self._log(Kind.UNKNOWN_BRIDGE, trouble, switch, data={"dpid": _dpid(up.dpid)}))
+            out.append(self.wording.log(Kind.UNKNOWN_BRIDGE, trouble, switch, data={"dpid": dpid_words(up.dpid)}))
         out += self._warnings()
         out += self._note_egress(switch)
         switch.flows.desired = self._compile(switch)
@@ -154,13 +133,13 @@ class Core:
             )
         if found.datapath_id is not None:
             return None, (
-                f"{name} has datapath-id {_dpid(dpid)}, but {_dpid(found.datapath_id)} is declared; it is treated as "
-                f"unknown. Mend it: ovs-vsctl set bridge {name} other-config:datapath-id={_dpid(found.datapath_id)}"
+                f"{name} has datapath-id {dpid_words(dpid)}, but {dpid_words(found.datapath_id)} is declared; it is treated as "
+                f"unknown. Mend it: ovs-vsctl set bridge {name} other-config:datapath-id={dpid_words(found.datapath_id)}"
             )
         fact = self.facts.get(name)
         if fact is not None and fact.dpid not in (dpid, 0):  # 0: the bridge is too new to have told OVSDB
             return None, (
-                f"a switch with datapath-id {_dpid(dpid)} claims to be {name}, which OVSDB says is {_dpid(fact.dpid)}; "
+                f"a switch with datapath-id {dpid_words(dpid)} claims to be {name}, which OVSDB says is {dpid_words(fact.dpid)}; "
                 "it is treated as unknown. Find out what connects here: ss -tnp"
             )
         if any(s.bridge == found and s.dpid != dpid for s in self.switches.values()):
@@ -172,7 +151,7 @@ class Core:
         if switch is None:
             return []
         text = f"{switch.name} disconnected; its flows stay in force as long as ovs-vswitchd runs"
-        return [self._log(Kind.SWITCH_DOWN, text, switch), *self._recognise_again(now)]
+        return [self.wording.log(Kind.SWITCH_DOWN, text, switch), *self._recognise_again(now)]
 
     def _facts_seen(self, seen: FactsSeen, now: float) -> Effects:
         self.facts = {fact.name: fact for fact in seen.bridges}
@@ -190,7 +169,9 @@ class Core:
             switch.bridge, trouble = self._recognise(switch.dpid, switch.name)
             if switch.bridge != before[switch.dpid]:
                 if trouble:
-                    out.append(self._log(Kind.UNKNOWN_BRIDGE, trouble, switch, data={"dpid": _dpid(switch.dpid)}))
+                    out.append(
+                        self.wording.log(Kind.UNKNOWN_BRIDGE, trouble, switch, data={"dpid": dpid_words(switch.dpid)})
+                    )
                 out += self._note_egress(switch) + self._want(switch, now)
                 if switch.flows.held and switch.bridge is not None:
                     out += switch.flows.start(now)
@@ -213,7 +194,7 @@ class Core:
                     self._warned.pop((name, what), None)
                 elif (name, what) not in self._warned:
                     self._warned[name, what] = text
-                    out.append(self._log(Kind.SWITCH_WARNING, text, self.by_name(name), data={"problem": what}))
+                    out.append(self.wording.log(Kind.SWITCH_WARNING, text, self.by_name(name), data={"problem": what}))
         return out
 
     def by_name(self, name: str) -> Switch | None:
@@ -222,7 +203,7 @@ class Core:
         return next((switch for switch in named if switch.bridge is not None), named[0] if named else None)
 
     def _switch_error(self, error: SwitchError, now: float) -> Effects:
-        return [self._log(Kind.OPENFLOW_ERROR, error.text, self.switches.get(error.dpid))]
+        return [self.wording.log(Kind.OPENFLOW_ERROR, error.text, self.switches.get(error.dpid))]
 
     # --------------------------------------------------------------------------------------------------------- state
 
@@ -240,7 +221,7 @@ class Core:
                 f"{loaded.source} was refused, the old state stays in force: it declares no network, and every bridge "
                 "would be shut. Mend the file; to give the bridges up, stop the controller"
             )
-            return [self._log(Kind.STATE_REJECTED, text, None)]
+            return [self.wording.log(Kind.STATE_REJECTED, text, None)]
         old, before = self.state, {s.dpid: (s.bridge, s.egress_up) for s in self.switches.values()}
         self.state = loaded.state
         out: Effects = []
@@ -252,8 +233,10 @@ class Core:
                 self.switches[dpid].bridge, self.switches[dpid].egress_up = bridge, egress_up
             if not isinstance(exc, Conflict):
                 raise  # a defect of ours: it is told as one, and the old state stays too
-            return [self._log(Kind.STATE_REJECTED, f"{loaded.source}: {exc}. The old state stays in force", None)]
-        self.names = Names([old, loaded.state])  # what is still installed is named too
+            return [
+                self.wording.log(Kind.STATE_REJECTED, f"{loaded.source}: {exc}. The old state stays in force", None)
+            ]
+        self.wording = Wording(loaded.state, Names([old, loaded.state]))  # what is still installed is named too
         for dpid, compiled in desired.items():
             switch = self.switches[dpid]
             effects, applied = switch.flows.want(compiled, now)
@@ -281,7 +264,7 @@ class Core:
         more = f" (and {len(rejected.problems) - 3} more)" if len(rejected.problems) > 3 else ""
         text = f"{rejected.source} was refused, the old state stays in force: {first}{more}"
         problems = [p.as_dict() for p in rejected.problems[:20]]
-        return [self._log(Kind.STATE_REJECTED, text, None, data={"problems": problems})]
+        return [self.wording.log(Kind.STATE_REJECTED, text, None, data={"problems": problems})]
 
     def _want(self, switch: Switch, now: float) -> Effects:
         desired = self._compile(switch)
@@ -299,7 +282,7 @@ class Core:
         effects, applied = switch.flows.dumped(dumped.flows, now)
         out = self._say_applied(switch, applied)
         news = [flow for flow in switch.flows.foreign if flow not in told]
-        out += [self._say_foreign(switch, flow, "was there already") for flow in news]
+        out += [self.wording.foreign(switch, flow, "was there already") for flow in news]
         return out + effects
 
     def _committed(self, committed: Committed, now: float) -> Effects:
@@ -314,69 +297,20 @@ class Core:
         if switch is None:
             return []
         text = f"{switch.name} refused the change: {refused.why}. Nothing of it is in force; it is tried again"
-        return [self._log(Kind.OPENFLOW_ERROR, text, switch), *switch.flows.refused(refused.token, now)]
+        return [self.wording.log(Kind.OPENFLOW_ERROR, text, switch), *switch.flows.refused(refused.token, now)]
 
     def _say_applied(self, switch: Switch, applied: Applied | None) -> Effects:
         if applied is None:
             return []
         self._known.add(switch.dpid)
-        counts = applied.plan.counts
-        words = ", ".join(f"{number} {what}" for what, number in counts.items()) if applied.plan else "nothing changed"
-        data: dict[str, JSON] = {**counts, "adopted": applied.adopted, "state": self.state.digest}
-        data["took_ms"] = round(1000 * applied.took_s, 3)
-        if applied.repair:
-            return [self._log(Kind.DRIFT_REPAIRED, f"{switch.name} is as declared again: {words}", switch, data=data)]
-        if applied.lost_all:
-            text = (
-                f"{switch.name} came back without its flows (ovs-vswitchd was restarted, or they were deleted): {words}"
-            )
-            data["restarted"] = True
-        elif applied.first:
-            text = f"{switch.name} adopted with {applied.adopted} flows of ours: {words}"
-        else:
-            text = f"{switch.name} is as declared: {words}"
-        return [self._log(Kind.STATE_APPLIED, text, switch, data=data)]
+        return [self.wording.applied(switch, applied)]
 
     def _flows_changed(self, changed: FlowsChanged, now: float) -> Effects:
         switch = self.switches.get(changed.dpid)
         if switch is None:
             return []
         effects, news = switch.flows.updated(changed.updates, now)
-        return self._say_changed(switch, news) + effects
-
-    def _say_changed(self, switch: Switch, news: Changed) -> Effects:
-        out: Effects = []
-        for update in news.learned:
-            if update.flow is not None and update.flow.table == RETURN.id:  # a quieted offender is no path
-                out.append(self._say_path(switch, update.flow, update))
-        for update in news.foreign:
-            if update.flow is not None:
-                what = {Update.REMOVED: "was removed", Update.MODIFIED: "was changed"}.get(update.event, "was added")
-                out.append(self._say_foreign(switch, update.flow, what))
-        for update in news.tampered:
-            if update.flow is not None:
-                did = {Update.REMOVED: "removed", Update.MODIFIED: "changed"}.get(update.event, "added")
-                text = f"somebody else {did} a flow of ours on {switch.name}; it is put right"
-                out.append(self._log(Kind.TAMPERING, text, switch, flow=update.flow))
-        return out
-
-    def _say_foreign(self, switch: Switch, flow: Flow, what: str) -> Log:
-        text = (
-            f"a flow that is not ours {what} on {switch.name}; it is left alone. If it should not be there: "
-            f"ovs-ofctl -O OpenFlow14 del-flows {switch.name} 'cookie={flow.cookie:#x}/-1,table={flow.table}'"
-        )
-        return self._log(Kind.FOREIGN_FLOW, text, switch, flow=flow)
-
-    def _say_path(self, switch: Switch, flow: Flow, update: FlowUpdate) -> Log:
-        target = flow.match.get(fields.IPV4_DST)
-        address = Ipv4(target[0]) if target else None
-        network = self._network(switch)
-        member = next((m for m in network.members if m.address == address), None) if network else None
-        who, port = (f"{member.name} ({address})", member.port) if member else (str(address), None)
-        if update.event is Update.REMOVED:
-            why = {int(Reason.IDLE): "idle", int(Reason.HARD): "its time was up"}.get(update.reason, "deleted")
-            return self._log(Kind.PATH_EXPIRED, f"return path to {who} ended: {why}", switch, flow=flow, port=port)
-        return self._log(Kind.PATH_LEARNED, f"return path to {who} learned", switch, flow=flow, port=port)
+        return [*self.wording.changed(switch, news), *effects]
 
     # --------------------------------------------------------------------------------------------------------- ports
 
@@ -385,8 +319,8 @@ class Core:
         if switch is None:
             return []
         port = changed.port
-        name = _name_of(port)
-        if not _is_real(port):
+        name = name_of(port)
+        if not is_real(port):
             return []
         before = switch.ports.get(name)
         out: Effects = []
@@ -400,13 +334,15 @@ class Core:
             # A number is one port's: whoever had it before is gone, though his end may be told later or never.
             for other in [n for n, p in switch.ports.items() if p.number == port.number and n != name]:
                 del switch.ports[other]
-                out.append(self._log(Kind.PORT_DOWN, f"port {other} of {switch.name} is gone", switch, port=other))
+                out.append(
+                    self.wording.log(Kind.PORT_DOWN, f"port {other} of {switch.name} is gone", switch, port=other)
+                )
             switch.ports[name] = Port(port.number, name, port.mac, port.up)
         was_up, is_up = bool(before and before.up), not changed.gone and port.up
         if was_up != is_up or (before is None and not changed.gone):
             kind = Kind.PORT_UP if is_up else Kind.PORT_DOWN
             what = "gone" if changed.gone else "up" if is_up else "down"
-            out.append(self._log(kind, f"port {name} of {switch.name} is {what}", switch, port=name))
+            out.append(self.wording.log(kind, f"port {name} of {switch.name} is {what}", switch, port=name))
         return out + self._note_egress(switch) + self._want(switch, now)
 
     def _egress_health(self, health: EgressHealth, now: float) -> Effects:
@@ -418,7 +354,7 @@ class Core:
         return out
 
     def _note_egress(self, switch: Switch) -> Effects:
-        network = self._network(switch)
+        network = self.wording.network(switch)
         if network is None or network.egress is None or switch.bridge is None:
             return []
         if switch.bridge.kind is not BridgeKind.SOCKET:
@@ -430,10 +366,10 @@ class Core:
         switch.egress_up = up
         name = network.egress.port
         if up:
-            return [self._log(Kind.EGRESS_UP, f"{network.name} leaves through {name}", switch, port=name)]
+            return [self.wording.log(Kind.EGRESS_UP, f"{network.name} leaves through {name}", switch, port=name)]
         why = "is not there" if port is None else "is down" if not port.up else "does not carry traffic"
         text = f"{network.name} cannot leave: {name} {why}. Its traffic to the world drops until that is mended"
-        return [self._log(Kind.EGRESS_DOWN, text, switch, port=name)]
+        return [self.wording.log(Kind.EGRESS_DOWN, text, switch, port=name)]
 
     # ---------------------------------------------------------------------------------------------------- violations
 
@@ -452,7 +388,7 @@ class Core:
             out.append(AddFlow(seen.dpid, quieter))
             text = f"{switch.port_name(port)} {kind.words} so often that it is dropped unseen for {QUIET_S} s; it is counted"
             out.append(
-                self._log(
+                self.wording.log(
                     Kind.VIOLATION_QUIETED, text, switch, port=switch.port_name(port), data={"kind": kind.name.lower()}
                 )
             )
@@ -461,7 +397,7 @@ class Core:
         return out
 
     def _refuse(self, switch: Switch, port: int, packet: PacketIn) -> Effects:
-        network = self._network(switch)
+        network = self.wording.network(switch)
         if network is None or not network.refuse:
             return []
         if network.egress is not None and switch.port_name(port) == network.egress.port:
@@ -477,33 +413,7 @@ class Core:
         switch = self.switches.get(counted.dpid)
         if switch is None:
             return []
-        return [self._say_violation(switch, report) for report in switch.offenders.counted(counted.flows, now)]
-
-    def _say_violation(self, switch: Switch, report: Report) -> Log:
-        name = switch.port_name(report.port)
-        kinds = [kind.name.lower() for kind, _ in report.samples]
-        words = " and ".join(kind.words for kind, _ in report.samples) or "went on"
-        sample = None
-        for _, shown in report.samples[:1]:
-            try:
-                sample = packets.read(shown).words
-            except packets.Unreadable as exc:
-                switch.offenders.unreadable += 1
-                sample = str(exc)
-        who = self._container(switch, name)
-        text = f"{who or name} {words}: {report.count} packet{'s' if report.count != 1 else ''}"
-        if any(kind is Violation.SPOOF for kind, _ in report.samples):
-            text += self._own_addresses(switch, name)
-        data: dict[str, JSON] = {"count": report.count, "total": report.total, "kinds": kinds, "port": name}
-        return self._log(Kind.VIOLATION, text, switch, port=name, packet=sample, data=data)
-
-    def _own_addresses(self, switch: Switch, port: str) -> str:
-        network = self._network(switch)
-        member = next((m for m in network.members if m.port == port), None) if network else None
-        if member is None:
-            return ""
-        routed = "".join(f", {prefix}" for prefix in member.routed)
-        return f"; it must use {member.mac} and {member.address}{routed}, or the state file must say otherwise"
+        return [self.wording.violation(switch, report) for report in switch.offenders.counted(counted.flows, now)]
 
     def _flow_gone(self, gone: FlowGone, now: float) -> Effects:
         switch = self.switches.get(gone.dpid)
@@ -520,143 +430,16 @@ class Core:
                 out.append(Count(switch.dpid))
         return out
 
-    # ---------------------------------------------------------------------------------------------------------- words
-
-    def _network(self, switch: Switch) -> Network | None:
-        if switch.bridge is None:
-            return None
-        try:
-            return self.state.network(switch.bridge.network)
-        except KeyError:
-            return None
-
-    def _container(self, switch: Switch, port: str) -> str | None:
-        network = self._network(switch)
-        return next((m.name for m in network.members if m.port == port), None) if network else None
-
-    def _log(
-        self,
-        kind: Kind,
-        text: str,
-        switch: Switch | None,
-        *,
-        flow: Flow | None = None,
-        port: str | None = None,
-        packet: str | None = None,
-        data: dict[str, JSON] | None = None,
-    ) -> Log:
-        owner = self.names.owner(flow.cookie) if flow is not None else None
-        network = self._network(switch) if switch else None
-        return Log(
-            Event(
-                kind,
-                text,
-                bridge=switch.name if switch else None,
-                network=network.name if network else None,
-                app=owner[0] if owner else None,
-                object=owner[1] if owner else port,
-                container=self._container(switch, port) if switch and port else None,
-                flow=flow_words(flow, switch) if flow is not None else None,
-                packet=packet,
-                data=data or {},
-            )
-        )
-
-    # --------------------------------------------------------------------------------------------------------- status
+    # ------------------------------------------------------------------------------------------------------- questions
 
     def status(self) -> dict[str, JSON]:
-        """Everything `bulkhead status` shows, as JSON values."""
-        return {
-            "state": self.state.digest,
-            "networks": [network.name for network in self.state.networks],
-            "bridges": [self._bridge_status(bridge) for bridge in self.state.bridges],
-            "undeclared": [s.name for s in self.switches.values() if s.bridge is None],
-        }
-
-    def _bridge_status(self, bridge: Bridge) -> dict[str, JSON]:
-        switch = next((s for s in self.switches.values() if s.bridge == bridge), None)
-        out: dict[str, JSON] = {"name": bridge.name, "kind": bridge.kind, "network": bridge.network}
-        if switch is None:
-            return {**out, "connected": False, "phase": "away"}
-        return {
-            **out,
-            "connected": True,
-            "dpid": _dpid(switch.dpid),
-            "phase": switch.flows.phase.name.lower(),
-            "flows": len(switch.flows.desired.flows),
-            "learned": len(switch.flows.learned),
-            "foreign": len(switch.flows.foreign),
-            "egress_up": switch.egress_up,
-            "missing_ports": list(switch.missing),
-            "unreadable": switch.offenders.unreadable,
-            "warnings": [text for (name, _), text in self._warned.items() if name == switch.name],
-            "ports": [
-                {"name": p.name, "number": p.number, "up": p.up, "container": self._container(switch, p.name)}
-                for p in sorted(switch.ports.values(), key=lambda p: p.number)
-            ],
-        }
+        """Everything `bulkhead status` shows of the bridges."""
+        return status.status(self.wording, self.switches.values(), self._warned)
 
     def plan(self, state: DesiredState) -> list[dict[str, JSON]]:
-        """What another state would change on the connected bridges, for `bulkhead plan`. Changes nothing.
-
-        Raises `Conflict`.
-        """
-        names = Names([self.state, state])
-        out: list[dict[str, JSON]] = []
-        for bridge in state.bridges:
-            switch = self.by_name(bridge.name)
-            if switch is None:
-                out.append({"bridge": bridge.name, "connected": False, "changes": []})
-                continue
-            compiled = BridgeCompiler().compile(state, bridge, switch.ports, switch.egress_up is not False)
-            todo = diff.plan(compiled.flows, switch.flows.installed, ends_by_itself)
-            changes: list[JSON] = []
-            for sign, flows in (("+", todo.add), ("~", todo.change), ("-", todo.delete)):
-                for flow in flows:
-                    app, name = names.owner(flow.cookie) or ("foreign", "?")
-                    changes.append({"sign": sign, "app": app, "object": name, "flow": flow_words(flow, switch)})
-            out.append({"bridge": bridge.name, "connected": True, **todo.counts, "changes": changes})
-        return out
+        """What another state would change. Changes nothing. Raises `Conflict`."""
+        return status.plan(self.state, state, self.switches.values())
 
     def flow_rows(self, switch: Switch, flows: Iterable[FlowStats]) -> list[dict[str, JSON]]:
-        """Installed flows as `bulkhead flows` shows them; `container` is whom objects such as `member/102` belong to."""
-        containers = {member.id: member.name for network in self.state.networks for member in network.members}
-        return [self._flow_row(switch, stats, containers) for stats in flows]
-
-    def _flow_row(self, switch: Switch, stats: FlowStats, containers: Mapping[str, str]) -> dict[str, JSON]:
-        flow = stats.flow
-        mesh = switch.bridge is not None and switch.bridge.kind is BridgeKind.MESH
-        app, name = self.names.owner(flow.cookie) or ("foreign", f"cookie {flow.cookie:#x}")
-        return {
-            "table": flow.table,
-            "table_name": table_name(flow.table, mesh=mesh),
-            "priority": flow.priority,
-            "app": app,
-            "object": name,
-            "container": containers.get(name.split("/")[1]) if name.startswith(("member/", "service/")) else None,
-            "packets": stats.packets,
-            "bytes": stats.octets,
-            "age_s": round(stats.age_s, 1),
-            "match": str(flow.match),
-            "actions": flow.actions_text,
-            "learned": ends_by_itself(flow),
-        }
-
-
-def flow_words(flow: Flow, switch: Switch | None) -> str:
-    """A flow with the name of its table, in ovs-ofctl syntax otherwise."""
-    mesh = bool(switch and switch.bridge and switch.bridge.kind is BridgeKind.MESH)
-    return f"{table_name(flow.table, mesh=mesh)}: {flow}"
-
-
-def _name_of(port: Port) -> str:
-    return LOCAL_NAME if port.number == fields.LOCAL else port.name
-
-
-def _is_real(port: Port) -> bool:
-    """Not an interface that somebody called LOCAL, nor a number that stands for no port and would be taken for one."""
-    return port.number == fields.LOCAL or (port.name != LOCAL_NAME and port.number < RESERVED_PORTS)
-
-
-def _dpid(dpid: int) -> str:
-    return f"{dpid:016x}"
+        """Installed flows as `bulkhead flows` shows them."""
+        return status.flow_rows(self.wording, switch, flows)

@@ -1,0 +1,63 @@
+"""One connected switch as the core knows it. Imports what belongs to a switch: ports, flows, offenders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from controller import fields
+from controller.compile import BridgeCompiler
+from controller.flow import Flow
+from controller.frame import LOCAL_NAME, Port
+from controller.model import Bridge, BridgeKind
+from controller.offenders import Offenders
+from controller.pipeline import table_name
+from controller.reconcile import Reconciler
+
+RESERVED_PORTS = 0xFF00
+
+
+@dataclass(slots=True)
+class Switch:
+    """One connected switch: which bridge it is (None: nobody declared it), its ports, and the state of its flows."""
+
+    dpid: int
+    name: str
+    bridge: Bridge | None
+    ports: dict[str, Port]
+    flows: Reconciler
+    compiler: BridgeCompiler
+    offenders: Offenders = field(default_factory=Offenders)
+    egress_up: bool | None = None
+    missing: tuple[str, ...] = ()
+
+    def port_name(self, number: int) -> str:
+        """The name of a port, or its number where there is none of that number (any more)."""
+        for port in self.ports.values():
+            if port.number == number:
+                return port.name
+        return f"port {number}"
+
+    @property
+    def is_mesh(self) -> bool:
+        """Whether it is a mesh bridge, whose tables are others."""
+        return self.bridge is not None and self.bridge.kind is BridgeKind.MESH
+
+
+def flow_words(flow: Flow, switch: Switch | None) -> str:
+    """A flow with the name of its table, in ovs-ofctl syntax otherwise."""
+    return f"{table_name(flow.table, mesh=bool(switch and switch.is_mesh))}: {flow}"
+
+
+def name_of(port: Port) -> str:
+    """What a port is called here: the host's is LOCAL, whatever the bridge's name."""
+    return LOCAL_NAME if port.number == fields.LOCAL else port.name
+
+
+def is_real(port: Port) -> bool:
+    """Not an interface that somebody called LOCAL, nor a number that stands for no port and would be taken for one."""
+    return port.number == fields.LOCAL or (port.name != LOCAL_NAME and port.number < RESERVED_PORTS)
+
+
+def dpid_words(dpid: int) -> str:
+    """A datapath id as ovs-vsctl writes it."""
+    return f"{dpid:016x}"
