@@ -272,7 +272,9 @@ def _print_plan(bridge: dict[str, Any]) -> None:
 
 @main.command()
 @_file
-@click.option("--listen", multiple=True, default=["tcp:127.0.0.1:6653"], show_default=True, help="tcp:… or ssl:…")
+@click.option(
+    "--listen", multiple=True, default=["tcp:127.0.0.1:6653"], show_default=True, help="tcp:…, ssl:… or unix:PATH"
+)
 @click.option("--private-key", type=click.Path(path_type=Path), help="For ssl: our private key, PEM.")
 @click.option("--certificate", type=click.Path(path_type=Path), help="For ssl: our certificate, PEM.")
 @click.option("--ca-cert", type=click.Path(path_type=Path), help="For ssl: the CA that switches' certificates are of.")

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from controller import unixsocket
 from controller.problems import BulkheadError
 
 MAX_QUESTION = 4096
@@ -29,31 +29,7 @@ class ControlSocket:
     def __init__(self, path: Path, answer: Callable[[dict[str, Any], Reply], None]) -> None:
         self.path = path
         self._answer = answer
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._clear()
-            self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            before = os.umask(0o177)
-            try:
-                self._server.bind(str(path))
-            finally:
-                os.umask(before)
-            self._server.listen(16)
-        except OSError as exc:
-            raise BulkheadError(f"cannot make the control socket {path}: {exc.strerror or exc}") from exc
-
-    def _clear(self) -> None:
-        if not self.path.exists():
-            return
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(str(self.path))
-            except OSError:
-                self.path.unlink()  # left behind by a controller that was killed
-                return
-        raise BulkheadError(
-            f"a controller is running already on {self.path.parent}; stop it, or give another --run-dir"
-        )
+        self._server = unixsocket.bind(path)
 
     def serve(self) -> None:
         """Answer until closed."""

@@ -1,4 +1,4 @@
-"""Where switches connect: plain TCP or TLS, with limits on connections that say nothing.
+"""Where switches connect: a unix socket, plain TCP or TLS, with limits on connections that say nothing.
 
 Accepts, wraps, and hands the socket to os-ken's `Datapath`. At most `MAX_CONNECTIONS` at once; a newcomer beyond that
 ends the oldest connection that has not finished its handshake, so that idle ones cannot lock a real switch out.
@@ -17,7 +17,7 @@ from typing import Any
 from os_ken.controller.controller import Datapath
 from os_ken.controller.handler import MAIN_DISPATCHER
 
-from controller import hub
+from controller import hub, unixsocket
 from controller.problems import BulkheadError
 
 MAX_CONNECTIONS = 256
@@ -37,23 +37,30 @@ class Tls:
 
 @dataclass(frozen=True, slots=True)
 class Listen:
-    """One address to listen on; `tls` None is plain TCP."""
+    """One address to listen on: `path` is a unix socket; else host and port, and `tls` None is plain TCP."""
 
     host: str
     port: int
     tls: Tls | None = None
+    path: Path | None = None
 
     def __str__(self) -> str:
+        if self.path is not None:
+            return f"unix:{self.path}"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'ssl' if self.tls else 'tcp'}:{host}:{self.port}"
 
 
 def parse(text: str, tls: Tls | None) -> Listen:
-    """Read `tcp:127.0.0.1:6653` or `ssl:[::1]:6653`. Raises `BulkheadError` saying what was expected."""
+    """Read `tcp:127.0.0.1:6653`, `ssl:[::1]:6653` or `unix:/run/…`. Raises `BulkheadError` saying what was expected."""
     scheme, _, rest = text.partition(":")
+    if scheme == "unix":
+        if not rest.startswith("/"):
+            raise BulkheadError(f"--listen {text}: expected unix: and an absolute path")
+        return Listen("", 0, None, Path(rest))
     host, _, port = rest.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    wanted = "expected tcp:ADDRESS:PORT or ssl:ADDRESS:PORT, for example tcp:127.0.0.1:6653"
+    wanted = "expected tcp:ADDRESS:PORT, ssl:ADDRESS:PORT or unix:PATH, for example tcp:127.0.0.1:6653"
     if scheme not in ("tcp", "ssl"):
         raise BulkheadError(f"--listen {text}: {wanted}")
     try:
@@ -94,6 +101,8 @@ class Listener:
 
     @staticmethod
     def _bind(address: Listen) -> socket.socket:
+        if address.path is not None:
+            return unixsocket.bind(address.path, 128)
         family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
         server = socket.socket(family, socket.SOCK_STREAM)
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -120,7 +129,10 @@ class Listener:
     def close(self) -> None:
         """Accept no more."""
         for server, _ in self._servers:
+            path = server.getsockname() if server.family == socket.AF_UNIX else None
             server.close()
+            if path:
+                Path(path).unlink(missing_ok=True)
 
     def _accept(self, server: socket.socket, context: ssl.SSLContext | None) -> None:
         while True:
@@ -150,6 +162,8 @@ class Listener:
         try:
             if context is not None:
                 connection.sock = context.wrap_socket(connection.sock, server_side=True)
+            if connection.sock.family == socket.AF_UNIX:
+                connection.sock = _NotTcp(connection.sock)
             connection.datapath = Datapath(connection.sock, address)
             connection.datapath.serve()
         except Exception as exc:
@@ -166,6 +180,21 @@ class Listener:
         if connection in self._open and not connection.finished:
             self.rejected += 1
             connection.end()
+
+
+class _NotTcp:
+    """A unix socket for os-ken, which sets TCP_NODELAY on whatever it is given."""
+
+    def __init__(self, sock: Any) -> None:
+        self._sock = sock
+
+    def setsockopt(self, level: int, *args: Any) -> None:
+        """As the socket's own, less what is TCP's."""
+        if level != socket.IPPROTO_TCP:
+            self._sock.setsockopt(level, *args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
 
 
 def _context(address: Listen) -> ssl.SSLContext | None:

@@ -26,7 +26,7 @@ RANKS = (
     ("wording",),
     ("status",),
     ("core",),
-    ("hub", "wire"),
+    ("hub", "wire", "unixsocket"),
     ("link", "listen", "ovsdb", "control"),
     ("shell",),
     ("lab",),
