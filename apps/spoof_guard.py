@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from apps.base import ARP, IPV4, UDP, App
+from apps.base import ARP, ICMP, IPV4, UDP, App
 from controller.flow import Flow
 from controller.frame import Frame, Placed, address_range
 from controller.model import Ipv4, Mac, Member, Prefix
@@ -14,14 +14,19 @@ NOBODY = tuple(map(Prefix.parse, ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", 
 """Senders that no packet from elsewhere can have (RFC 6890): this network, loopback, link-local, multicast, reserved."""
 
 
+UNREACHABLE, TIME_EXCEEDED = 3, 11
+"""ICMP errors of a router on the way (RFC 792): 3 with code 4 is "too big"."""
+
+
 class SpoofGuard(App):
     """SPOOF_GUARD.
 
     500 a DHCP server is a violation; 400 from the mesh, an address of a member of this host (be it there or away), of
     its gateway or host, or the first or last of the subnet, which are nobody's, is a violation; 350 from mesh, egress or
-    host, another network's address is a violation; 300 own addresses go on (IPv4 to GRANT, ARP to NEIGHBOUR); 250 from
-    egress, host or VPN clients, this network's addresses and those that nobody can have are a violation; 200 egress and
-    VPN clients may come from anywhere else; 100 the rest is a violation.
+    host, another network's address is a violation; 300 own addresses go on (IPv4 to GRANT, ARP to NEIGHBOUR), and so do
+    ICMP errors that the egress leg sends as the gateway; 250 from egress, host or VPN clients, this network's addresses
+    and those that nobody can have are a violation; 200 egress and VPN clients may come from anywhere else; 100 the rest
+    is a violation.
     """
 
     id = 2
@@ -83,6 +88,19 @@ class SpoofGuard(App):
         yield SPOOF_GUARD.flow(
             Band.OWN, own, go(NEIGHBOUR), in_port=port, eth_src=mac, eth_type=ARP, arp_spa=frame.network.gateway
         )
+        # The leg speaks as the gateway when a packet is too big for the tunnel; nobody finds the path's MTU otherwise.
+        for icmp_type in (UNREACHABLE, TIME_EXCEEDED):
+            yield SPOOF_GUARD.flow(
+                Band.OWN,
+                own,
+                go(GRANT),
+                in_port=port,
+                eth_src=mac,
+                eth_type=IPV4,
+                ip_proto=ICMP,
+                icmpv4_type=icmp_type,
+                ipv4_src=frame.network.gateway,
+            )
         yield from self._deny_local(frame, port, own)
         yield SPOOF_GUARD.flow(Band.KNOWN, own, go(GRANT), in_port=port, eth_src=mac, eth_type=IPV4)
 

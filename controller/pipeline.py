@@ -226,7 +226,7 @@ SPOOF_GUARD = Table(
     10,
     "SPOOF_GUARD",
     "Ethernet, IPv4 and ARP sender must be the port's own; no DHCP server",
-    _fields("in_port", "eth_src", *_IPV4, "udp_src", "udp_dst", "arp_op", "arp_sha", "arp_spa"),
+    _fields("in_port", "eth_src", *_IPV4, "udp_src", "udp_dst", "icmpv4_type", "arp_op", "arp_sha", "arp_spa"),
     (SetField,),
     (NEIGHBOUR, GRANT, VIOLATION),
 )
