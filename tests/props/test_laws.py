@@ -40,7 +40,7 @@ from controller.signals import (
     Tick,
 )
 from tests.fakes.states import VPN_PORT, WORLD, fake, port_maps, states
-from tests.fakes.switch import FakeSwitch, Packet, Sent, Shown, Wired, packet, show
+from tests.fakes.switch import Dropped, FakeSwitch, Packet, Sent, Shown, Wired, packet, show
 
 lawful = settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 PACKETS = 120
@@ -530,6 +530,9 @@ def test_no_packet_goes_where_it_may_not(given_: tuple[DesiredState, Bridge, Fak
         try:
             if isinstance(outcome, Sent):
                 policy.check(start, outcome, switch.now)
+            if not policy.forwardable(start):
+                ends = (Dropped("ADMIT"), Dropped("VIOLATION"), Shown(Violation.ROGUE_RA), Shown(Violation.ROGUE_DHCP))
+                assert outcome in ends, "a frame of another kind gets no further than the door"
             assert outcome != Shown(Violation.GUARD), "only a defect of the tables above ends in the guard"
         except AssertionError as exc:
             raise AssertionError(

@@ -621,6 +621,17 @@ def test_the_end_of_a_negative_flow_is_no_return_path() -> None:
     assert not wired.of(Kind.PATH_EXPIRED, Kind.PATH_LEARNED)
 
 
+def test_asking_for_an_address_of_another_network_is_told_of_too() -> None:
+    wired, switches = started()
+    switch = switches["vmbr0"]
+    ask: Values = {"eth_src": XRAY.mac, "arp_op": 1, "arp_sha": XRAY.mac, "arp_spa": XRAY.address}
+    veth = switch.number("veth102")
+    assert wired.send(switch, veth, ask, arp_tpa=MCP.address) == Shown(Violation.CROSSING)
+    assert wired.send(switch, veth, ask, arp_tpa=GATEWAY.address) == Sent(veth)
+    assert wired.send(switch, veth, ask, arp_tpa=XRAY.address) == Dropped("NEIGHBOUR"), "nobody has my address but me"
+    assert not switch.packets_out
+
+
 @pytest.mark.parametrize("target, source, answered", [("10.1.0.200", "10.0.0.102", True), (WORLD, "10.0.0.9", False)])
 def test_only_crossing_is_refused_and_never_spoofing(target: str, source: str, answered: bool) -> None:
     wired, switches = started()
