@@ -19,8 +19,9 @@ demo: packages $(VENV)/ready ## start a lab, show what passes and what is blocke
 test: packages $(VENV)/ready ## every test (root; those that need it are skipped otherwise). TESTS=path for some
 	$(BIN)/python -m pytest $(TESTS)
 
-bench: packages $(VENV)/ready ## measure against the peers (root)
-	$(BIN)/python -m bench
+bench: packages $(VENV)/ready ## measure against the peers (root). BENCH="--flows 50000" for other sizes
+	mkdir -p build
+	$(BIN)/python -m bench --out build/bench.json $(BENCH)
 
 lint: $(VENV)/ready ## ruff and mypy
 	$(BIN)/ruff check .
