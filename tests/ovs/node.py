@@ -47,6 +47,7 @@ HOST_WORLD = "203.0.113.7"
 CLIENT_WORLD = "192.0.2.33"
 """A VPN client on the other side of the mesh."""
 
+Socket = socket.socket
 ETH_P_ALL = 3
 PACKET_OUTGOING = 4
 SO_RCVBUFFORCE = 33
@@ -87,7 +88,7 @@ class Endpoint:
     others: tuple[str, ...] = ()
     """Further addresses it has."""
 
-    def socket(self, kind: int = socket.SOCK_STREAM, proto: int = 0, source: str | None = None) -> socket.socket:
+    def socket(self, kind: int = socket.SOCK_STREAM, proto: int = 0, source: str | None = None) -> Socket:
         """An IPv4 socket that sends by this interface only."""
         with inside(self.namespace):
             sock = socket.socket(socket.AF_INET, kind, proto)
@@ -98,7 +99,7 @@ class Endpoint:
         sock.setblocking(False)
         return sock
 
-    def raw(self) -> socket.socket:
+    def raw(self) -> Socket:
         """A socket for whole frames."""
         with inside(self.namespace):
             sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
@@ -512,7 +513,7 @@ class Node:
         if bridge not in self._numbers:
             self._numbers[bridge] = {number: name for name, number in self.ovs.port_numbers(bridge).items()}
         numbers = self._numbers[bridge]
-        out = []
+        out: list[str] = []
         for line in str(result).splitlines():
             if "skipping output to input port" in line:
                 out.pop()

@@ -24,6 +24,7 @@ from tests.ovs.node import (
     Endpoint,
     Node,
     ethernet,
+    inside,
     ipv4,
     tcp,
     udp,
@@ -383,6 +384,25 @@ def test_the_world_is_not_answered(node: Node) -> None:
         time.sleep(0.5)
         got = {name: [f for f in frames if f[12:14] == b"\x08\0"] for name, frames in watch.frames().items()}
     assert not any(got.values()), got
+
+
+def test_the_kernel_beside_the_switch_takes_nothing(node: Node) -> None:
+    """With the userspace datapath the host's kernel gets every frame as well, and would take those to its port's MAC for
+    any of its addresses, past every flow. `Node.attach` shuts that way, as whoever makes the ports has to."""
+    xray = node["xray"]
+    ports_mac = re.search(r"link/ether (\S+)", node.namespace.run("ip", "link", "show", "veth102"))
+    assert ports_mac is not None
+    with inside(node.namespace), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("10.1.0.1", 5555))
+        xray.send(
+            ethernet(
+                ports_mac[1],
+                xray.mac,
+                0x0800,
+                ipv4(xray.address, "10.1.0.1", 17, udp(xray.address, "10.1.0.1", 7, 5555, b"")),
+            )
+        )
+        assert not select.select([server], [], [], 0.3)[0]
 
 
 # ------------------------------------------------------------------------------------------------------- VPN, returns
