@@ -43,6 +43,7 @@ _PROGRAMS = {
     "mnexec": "mininet",
     "ip": "iproute2",
     "ethtool": "ethtool",
+    "nft": "nftables",
     "mount": "mount",
     "unshare": "util-linux",
     "nsenter": "util-linux",

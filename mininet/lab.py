@@ -212,10 +212,27 @@ class Lab:
         if self.options.controller:
             self.net.addController(Controller("c0", ip="127.0.0.1", port=self.options.port))
         self.net.build()
+        self.shut_kernel_out()
         if self.options.controller:
             # A switch that is refused once tries again only after a second.
             self.wait(self.missing_listener, "listening controller")
         self.net.start()
+
+    def shut_kernel_out(self) -> None:
+        """What arrives at a port is for Open vSwitch alone.
+
+        The userspace datapath reads a port beside the kernel and does not take the packet from it: one that is addressed
+        to the port's own MAC would reach any of the host's addresses, past every flow. A port's ingress hook is behind
+        Open vSwitch's ear and before the kernel's.
+        """
+        ports = [host["port"] for host in self.description["hosts"]]
+        ports += [patch[end] for patch in self.description["patches"] for end in ("port1", "port2")]
+        hook = 'type filter hook ingress device "{}" priority -500; policy drop;'
+        chains = (f"chain port{number} {{ {hook.format(port)} }}\n" for number, port in enumerate(ports))
+        rules = f"table netdev bulkhead {{\n{''.join(chains)}}}\n"
+        done = subprocess.run(["nft", "-f", "-"], input=rules, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise Failure(f"the kernel cannot be kept from the ports: nft: {done.stderr.strip()}")
 
     def configure_host(self) -> None:
         """The host's own addresses: on loopback, and on the bridges' LOCAL ports."""

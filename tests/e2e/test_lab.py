@@ -184,6 +184,42 @@ def test_forged_source_arrives_nowhere(fresh_lab: Status, spoof: str) -> None:
         assert {line.split()[-1] for line in traffic.heard("gateway")} == {"honest"}
 
 
+LISTEN = """
+import socket
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.bind(("0.0.0.0", 7777))
+sock.settimeout(3)
+print("ready", flush=True)
+try:
+    while True:
+        print(sock.recv(100).decode(), flush=True)
+except TimeoutError:
+    pass
+"""
+SEND = """
+import sys
+from scapy.all import Ether, IP, UDP, get_if_hwaddr, sendp
+for to, target in zip(sys.argv[1::2], sys.argv[2::2]):
+    frame = Ether(src=get_if_hwaddr("eth0"), dst=to) / IP(src="10.0.0.102", dst=target) / UDP(sport=9, dport=7777)
+    sendp(frame / f"{target} by {to}", iface="eth0", verbose=False, count=5)
+"""
+
+
+def test_a_ports_own_mac_is_no_way_into_the_host(lab: Status) -> None:
+    """The kernel has the ports too; what is addressed to one of them must not reach the host's addresses beside OVS."""
+    show = ["cat", "/sys/class/net/veth102/address"]
+    port_mac = subprocess.run(manager.command_in(lab, None, show), capture_output=True, text=True, check=True).stdout
+    listen = manager.command_in(lab, None, [sys.executable, "-c", LISTEN])
+    with subprocess.Popen(listen, stdout=subprocess.PIPE, text=True) as listener:
+        assert listener.stdout is not None and listener.stdout.readline() == "ready\n"
+        proof = [sys.executable, "-c", "import socket; s=socket.socket(2, 2); s.sendto(b'heard', ('127.0.0.1', 7777))"]
+        subprocess.run(manager.command_in(lab, None, proof), check=True)
+        pairs = [word for target in ("10.1.0.1", "127.0.0.1", "10.0.0.102") for word in (port_mac.strip(), target)]
+        assert manager.exec(lab.run_dir, None, "xray", [sys.executable, "-c", SEND, *pairs]) == 0
+        heard = listener.stdout.read().splitlines()
+    assert heard == ["heard"]
+
+
 def test_bulk_tcp_passes(lab: Status) -> None:
     """Checksums are right at every size; without the offload settings TCP hangs here."""
     with subprocess.Popen(manager.command_in(lab, manager.find_host(lab, "inet"), ["iperf3", "-s", "-1"])) as server:
