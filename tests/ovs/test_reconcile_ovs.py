@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import select
@@ -178,6 +179,22 @@ def test_nothing_is_lost_while_the_controller_is_dead(node: Node) -> None:
     assert all(sent > 150 for sent, _ in results)
     assert [lost for _, lost in results] == [0, 0, 0, 0]
     assert node.controller.status()["flow_mods_sent"] == 0
+
+
+def test_a_tcp_stream_goes_on_while_the_controller_dies_and_comes_back(node: Node) -> None:
+    client, server = node["xray"], node["gateway"]
+    with subprocess.Popen(server.namespace.command("iperf3", "-s", "-1"), stdout=subprocess.DEVNULL):
+        wait_for(lambda: ":5201" in server.run("ss", "-ltnH"), 5)
+        command = ("iperf3", "-c", server.address, "-t", "4", "-i", "0.5", "-b", "20M", "-J")
+        with subprocess.Popen(client.namespace.command(*command), stdout=subprocess.PIPE) as stream:
+            time.sleep(1.2)
+            node.controller.kill()
+            time.sleep(1.2)
+            node.controller.start()
+            assert stream.stdout is not None
+            report = json.load(stream.stdout)
+    assert [piece["sum"]["bytes"] > 0 for piece in report["intervals"]] == [True] * 8
+    assert "error" not in report
 
 
 class Attack:
