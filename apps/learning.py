@@ -67,6 +67,16 @@ def is_path(flow: Flow) -> bool:
     )
 
 
+def stale(flow: Flow, ports: frozenset[int]) -> bool:
+    """Whether a learned path leads to, or starts from, a port that is not there (any more)."""
+    there = {number & 0xFFFF for number in ports}
+    used = [action.value for action in flow.actions if isinstance(action, Load) and action.target == OUT_BITS]
+    in_port = flow.match.get(fields.IN_PORT_FIELD)
+    if in_port is not None:
+        used.append(in_port[0] & 0xFFFF)
+    return not there.issuperset(used)
+
+
 def learn_return(role: Role) -> Learn:
     """Learned from a packet that leaves by the egress: answers to its sender may come in, to its port and MAC."""
     return Learn(

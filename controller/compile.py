@@ -39,11 +39,15 @@ class Conflict(BulkheadError):
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """The flows one bridge should have, and the declared ports that it lacks."""
+    """The flows one bridge should have, the declared ports that it lacks, and the numbers of all that it has.
+
+    `ports` None says that nothing is known of them.
+    """
 
     bridge: Bridge
     flows: Mapping[FlowKey, Flow]
     missing: tuple[str, ...] = ()
+    ports: frozenset[int] | None = None
 
 
 class OverlapIndex:
@@ -161,7 +165,7 @@ class BridgeCompiler:
             self._forget()
             raise
         missing = tuple(name for name in _wanted_ports(network) if name not in ports)
-        return Compiled(bridge, dict(self._flows), missing)
+        return Compiled(bridge, dict(self._flows), missing, frozenset(port.number for port in ports.values()))
 
     def _update(self, frame: Frame, inputs: dict[_PartKey, _Part]) -> None:
         if frame != self._frame:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from apps.learning import is_path
 from apps.packet_in import QUIET_S
 from controller import packets, status
 from controller.codec import FlowStats, PacketIn
@@ -303,7 +304,8 @@ class Core:
         if applied is None:
             return []
         self._known.add(switch.dpid)
-        return [self.wording.applied(switch, applied)]
+        paths = [flow for flow in applied.plan.delete if is_path(flow)]
+        return [*(self.wording.path_cut(switch, flow) for flow in paths), self.wording.applied(switch, applied)]
 
     def _flows_changed(self, changed: FlowsChanged, now: float) -> Effects:
         switch = self.switches.get(changed.dpid)

@@ -7,10 +7,10 @@ Imports signals and below.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
-from apps.learning import is_path
+from apps.learning import is_path, stale
 from apps.packet_in import is_quiet
 from controller.codec import FlowStats, FlowUpdate, Update
 from controller.compile import CANARY_FLOW, Compiled
@@ -125,7 +125,7 @@ class Reconciler:
         if token != self._token or self.phase is not Phase.INSTALLING:
             return [], None
         for flow in self._underway.delete:
-            self.installed.pop(flow.key, None)
+            self._note(flow, gone=True)
         for flow in (*self._underway.add, *self._underway.change):
             self.installed[flow.key] = flow
         done = self._applied(self._underway, now - self._began)
@@ -198,6 +198,7 @@ class Reconciler:
 
     def _advance(self, now: float, *, report_nothing: bool = False) -> tuple[list[Effect], Applied | None]:
         todo = plan(self.desired.flows, self.installed, ends_by_itself)
+        todo = replace(todo, delete=(*todo.delete, *self._stale_paths()))
         if not todo:
             self.phase = Phase.STEADY
             self._repair = False
@@ -207,6 +208,13 @@ class Reconciler:
         self._underway = todo
         self._began = now
         return [Install(self.dpid, self._token, todo)], None
+
+    def _stale_paths(self) -> list[Flow]:
+        # A port's number can come back as another's: no learned path may wait for that.
+        ports = self.desired.ports
+        if ports is None:
+            return []
+        return [flow for flow in self.learned.values() if is_path(flow) and stale(flow, ports)]
 
     def _applied(self, done: Plan, took_s: float) -> Applied:
         repair = self._repair and not self._first

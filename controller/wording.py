@@ -111,12 +111,22 @@ class Wording:
         )
         return self.log(Kind.FOREIGN_FLOW, text, switch, flow=flow)
 
-    def _path(self, switch: Switch, flow: Flow, update: FlowUpdate) -> Log:
+    def path_cut(self, switch: Switch, flow: Flow) -> Log:
+        """A return path that we removed ourselves."""
+        who, port = self._whose_path(switch, flow)
+        return self.log(
+            Kind.PATH_EXPIRED, f"return path to {who} ended: its port is gone", switch, flow=flow, port=port
+        )
+
+    def _whose_path(self, switch: Switch, flow: Flow) -> tuple[str, str | None]:
         target = flow.match.get(fields.IPV4_DST)
         address = Ipv4(target[0]) if target else None
         network = self.network(switch)
         member = next((m for m in network.members if m.address == address), None) if network else None
-        who, port = (f"{member.name} ({address})", member.port) if member else (str(address), None)
+        return (f"{member.name} ({address})", member.port) if member else (str(address), None)
+
+    def _path(self, switch: Switch, flow: Flow, update: FlowUpdate) -> Log:
+        who, port = self._whose_path(switch, flow)
         if update.event is Update.REMOVED:
             why = {int(Reason.IDLE): "idle", int(Reason.HARD): "its time was up"}.get(update.reason, "deleted")
             return self.log(Kind.PATH_EXPIRED, f"return path to {who} ended: {why}", switch, flow=flow, port=port)

@@ -361,9 +361,13 @@ def test_sighup_reads_the_file_again(node: Node) -> None:
 
 def test_a_port_that_comes_back_with_another_number(node: Node) -> None:
     old = node.port_number("veth102")
+    node["xray"].run("ping", "-c", "1", "-W", "2", WORLD)
+    learned = node.dump("vmbr0") - node.own_dump("vmbr0")
+    assert any("nw_dst=10.0.0.102" in line for line in learned)
     seen = node.controller.last_event()
     node.ovs.vsctl("del-port", "vmbr0", "veth102")
     try:
+        wait_for(lambda: not any("table=60" in line and "nw_dst=10.0.0.102" in line for line in node.dump("vmbr0")), 2)
         node.controller.wait_event("port_down", seen, holding="veth102")
         wait_for(lambda: not any(re.search(rf"in_port={old}\b", line) for line in node.own_dump("vmbr0")), 2)
         assert not any(re.search(rf"output:{old}\b", line) for line in node.own_dump("vmbr0"))
