@@ -67,9 +67,11 @@ def is_path(flow: Flow) -> bool:
     )
 
 
-def stale(flow: Flow, ports: frozenset[int]) -> bool:
-    """Whether a learned path leads to, or starts from, a port that is not there (any more)."""
-    there = {number & 0xFFFF for number in ports}
+def stale(flow: Flow, there: frozenset[int]) -> bool:
+    """Whether a learned path leads to, or starts from, a port that is not there (any more).
+
+    `there` are port numbers in 16 bits, as learned flows hold them.
+    """
     used = [action.value for action in flow.actions if isinstance(action, Load) and action.target == OUT_BITS]
     in_port = flow.match.get(fields.IN_PORT_FIELD)
     if in_port is not None:

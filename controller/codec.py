@@ -69,10 +69,6 @@ def _message(kind: int, body: bytes, xid: int) -> bytes:
     return _HEADER.pack(VERSION, kind, 8 + len(body), xid) + body
 
 
-def _pad8(data: bytes) -> bytes:
-    return data + bytes(-len(data) % 8)
-
-
 _BASIC = fields.OPENFLOW_BASIC << 16
 
 

@@ -14,7 +14,7 @@ from apps.learning import is_path
 from apps.packet_in import QUIET_S
 from controller import packets, status
 from controller.codec import FlowStats, PacketIn
-from controller.compile import BridgeCompiler, Compiled, Conflict, Names, planned_ports, undeclared
+from controller.compile import BridgeCompiler, Compiled, Conflict, Names, try_out, undeclared
 from controller.events import JSON, Kind
 from controller.frame import Port
 from controller.model import Bridge, BridgeKind, DesiredState
@@ -254,10 +254,7 @@ class Core:
             switch.bridge, _ = self._recognise(switch.dpid, switch.name)
             out += self._note_egress(switch)
         desired = {switch.dpid: self._compile(switch) for switch in self.switches.values()}
-        there = {switch.bridge for switch in self.switches.values()}
-        for bridge in self.state.bridges:
-            if bridge not in there:
-                BridgeCompiler().compile(self.state, bridge, planned_ports(self.state, bridge))
+        try_out(self.state, without={s.bridge for s in self.switches.values() if s.bridge is not None})
         return desired
 
     def _state_rejected(self, rejected: StateRejected, now: float) -> Effects:
@@ -297,7 +294,9 @@ class Core:
         switch = self.switches.get(refused.dpid)
         if switch is None:
             return []
-        text = f"{switch.name} refused the change: {refused.why}. Nothing of it is in force; it is tried again"
+        text = (
+            f"{switch.name} refused the change: {refused.why}. Its flows are read again, and the change is tried again"
+        )
         return [self.wording.log(Kind.OPENFLOW_ERROR, text, switch), *switch.flows.refused(refused.token, now)]
 
     def _say_applied(self, switch: Switch, applied: Applied | None) -> Effects:

@@ -67,7 +67,7 @@ class _Collecting:
 class _Installing:
     token: int
     xid: int
-    bundle_id: int
+    """Of every message of the bundle; its bundle id too."""
     committing: bool = False
 
 
@@ -86,7 +86,7 @@ class Link:
         self._installing: _Installing | None = None
         self._meter_xid = 0
         self._watching = False
-        self._sender = hub.spawn(self._send_loop)
+        hub.spawn(self._send_loop)
 
     def _send_loop(self) -> None:
         while not self.closed:
@@ -143,10 +143,10 @@ class Link:
 
     def _install(self, install: Install) -> None:
         xid = self._next()
-        self._installing = _Installing(install.token, xid, xid & 0xFFFFFFFF)
+        self._installing = _Installing(install.token, xid)
         todo = install.plan
         self.sent_flow_mods += len(todo.delete) + len(todo.change) + len(todo.add)
-        data = codec.bundle(self._installing.bundle_id, todo.delete, (*todo.change, *todo.add), xid)
+        data = codec.bundle(xid, todo.delete, (*todo.change, *todo.add), xid)
         self._send(data + codec.barrier(xid))
         hub.spawn_after(INSTALL_TIMEOUT_S, self._give_up, xid)
 
@@ -161,7 +161,7 @@ class Link:
         if why is None:
             self._feed(Committed(self.dpid, underway.token))
             return
-        self._send(codec.bundle_control(underway.bundle_id, codec.DISCARD, self._next()))
+        self._send(codec.bundle_control(underway.xid, codec.DISCARD, self._next()))
         self._feed(Refused(self.dpid, underway.token, why))
 
     # ------------------------------------------------------------------------------------------------------- replies
@@ -171,12 +171,12 @@ class Link:
         underway = self._installing
         if underway is not None and underway.xid == xid and not underway.committing:
             underway.committing = True
-            self._send(codec.bundle_control(underway.bundle_id, codec.COMMIT, xid))
+            self._send(codec.bundle_control(underway.xid, codec.COMMIT, xid))
 
     def bundle(self, bundle_id: int, kind: int) -> None:
         """The answer to a bundle control message."""
         underway = self._installing
-        if underway is not None and underway.bundle_id == bundle_id and kind == codec.COMMIT + 1:
+        if underway is not None and underway.xid == bundle_id and kind == codec.COMMIT + 1:
             self._end_install(None)
 
     def error(self, xid: int, kind: int, code: int, data: bytes) -> None:

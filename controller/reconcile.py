@@ -211,10 +211,10 @@ class Reconciler:
 
     def _stale_paths(self) -> list[Flow]:
         # A port's number can come back as another's: no learned path may wait for that.
-        ports = self.desired.ports
-        if ports is None:
+        if self.desired.ports is None:
             return []
-        return [flow for flow in self.learned.values() if is_path(flow) and stale(flow, ports)]
+        there = frozenset(number & 0xFFFF for number in self.desired.ports)
+        return [flow for flow in self.learned.values() if is_path(flow) and stale(flow, there)]
 
     def _applied(self, done: Plan, took_s: float) -> Applied:
         repair = self._repair and not self._first
