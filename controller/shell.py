@@ -271,7 +271,7 @@ class Bulkhead(app_manager.OSKenApp):  # type: ignore[misc]
     def _watch_loop(self) -> None:
         # A file that is still being written may well be valid and lack half of the containers: read it once it has
         # stopped changing.
-        seen = before = _stamp(self.settings.state_file)
+        seen, before = None, _stamp(self.settings.state_file)  # none seen: it may have changed since it was first read
         while not self._stopping:
             hub.sleep(WATCH_S)
             now = _stamp(self.settings.state_file)
