@@ -6,122 +6,43 @@ never a traceback. The controller's modules are imported by its own command only
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import datetime
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table as Grid
 
 from controller import eventview
-from controller.compile import BridgeCompiler, Compiled, Conflict, Names, planned_ports, try_out
+from controller.compile import BridgeCompiler, Compiled, Names, planned_ports, try_out
 from controller.control import ask
 from controller.eventread import Filter, follow, last_seq, read
 from controller.events import Kind, Record, encode
 from controller.eventverify import verify
 from controller.model import BridgeKind, DesiredState
 from controller.pipeline import table_name
-from controller.problems import BulkheadError, InvalidInput, Problem, Severity
+from controller.problems import BulkheadError, InvalidInput
 from controller.statefile import load
+from controller.terminal import (
+    NO,
+    columns,
+    events_dir_option,
+    file_argument,
+    guarded,
+    json_option,
+    print_grid,
+    print_json,
+    print_problems,
+    run_dir_option,
+    say,
+)
 from lab.cli import lab
 
-NO, UNKNOWN = 1, 2
-RUN_DIR = Path("/run/bulkhead")
-EVENTS_DIR = Path("/var/lib/bulkhead/events")
 OVSDB = "unix:/var/run/openvswitch/db.sock"
-
-_file = click.argument("file", type=click.Path(path_type=Path))
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")
-_run_dir = click.option(
-    "--run-dir",
-    type=click.Path(path_type=Path),
-    default=RUN_DIR,
-    show_default=True,
-    envvar="BULKHEAD_RUN_DIR",
-    help="Where the controller's control socket is.",
-)
-_events_dir = click.option(
-    "--events",
-    "events_dir",
-    type=click.Path(path_type=Path),
-    default=EVENTS_DIR,
-    show_default=True,
-    envvar="BULKHEAD_EVENTS",
-    help="Where the event log is.",
-)
-
-
-@contextmanager
-def _reporting() -> Iterator[None]:
-    """Turn what the rest raises into messages and exit codes."""
-    try:
-        yield
-    except InvalidInput as exc:
-        _print_problems(exc.problems)
-        sys.exit(NO)
-    except Conflict as exc:
-        _say(f"bulkhead: {exc}")
-        sys.exit(NO)
-    except BulkheadError as exc:
-        _say(f"bulkhead: {exc}")
-        sys.exit(UNKNOWN)
-    except BrokenPipeError:
-        # The reader of our output went away. Point stdout elsewhere, or Python complains again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _command(function: Callable[..., None]) -> Callable[..., None]:
-    @wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        with _reporting():
-            function(*args, **kwargs)
-
-    return wrapped
-
-
-def _say(text: str) -> None:
-    click.echo(text, err=True)
-
-
-def _print_json(value: object) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _print_problems(problems: tuple[Problem, ...]) -> None:
-    colours = {Severity.ERROR: "red", Severity.WARNING: "yellow"}
-    console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
-    for problem in problems:
-        colour = colours[problem.severity]
-        console.print(f"[bold {colour}]{problem.severity}[/] [bold]{escape(problem.path)}[/] [dim]({problem.code})[/]")
-        console.print(f"    found    {escape(problem.found)}", f"    expected {escape(problem.expected)}", sep="\n")
-        console.print(f"    {escape(problem.fix)}")
-
-
-def _grid(*columns: str) -> Grid:
-    grid = Grid(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        grid.add_column(column, overflow="fold")
-    return grid
-
-
-def _print_grid(grid: Grid) -> None:
-    console = Console(highlight=False, emoji=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, emoji=False, width=240)
-    console.print(grid)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -134,9 +55,9 @@ main.add_command(lab)
 
 
 @main.command()
-@_file
-@_json
-@_command
+@file_argument
+@json_option
+@guarded
 def check(file: Path, as_json: bool) -> None:
     """Say everything that is wrong with a state FILE; exit 1 if it cannot be used."""
     try:
@@ -145,22 +66,22 @@ def check(file: Path, as_json: bool) -> None:
     except InvalidInput as exc:
         if not as_json:
             raise
-        _print_json({"valid": False, "problems": [p.as_dict() for p in exc.problems]})
+        print_json({"valid": False, "problems": [p.as_dict() for p in exc.problems]})
         sys.exit(NO)
     if as_json:
-        _print_json({"valid": True, "state": loaded.state.digest, "problems": [p.as_dict() for p in loaded.problems]})
+        print_json({"valid": True, "state": loaded.state.digest, "problems": [p.as_dict() for p in loaded.problems]})
         return
-    _print_problems(loaded.problems)
+    print_problems(loaded.problems)
     networks = ", ".join(f"{n.name} ({len(n.members)} members)" for n in loaded.state.networks)
     click.echo(f"{file} is valid: {networks}; {len(loaded.problems)} warning(s); state {loaded.state.digest}")
 
 
 @main.command("compile")
-@_file
+@file_argument
 @click.option("--bridge", help="Only this bridge.")
 @click.option("--format", "form", type=click.Choice(["ofctl", "json"]), default="ofctl", show_default=True)
 @click.option("--ports", help="Port numbers, as name=number,name=number (default: 1, 2, … in declared order).")
-@_command
+@guarded
 def compile_command(file: Path, bridge: str | None, form: str, ports: str | None) -> None:
     """Print the flows that a state FILE compiles to.
 
@@ -175,7 +96,7 @@ def compile_command(file: Path, bridge: str | None, form: str, ports: str | None
     chosen = [b for b in state.bridges if bridge in (None, b.name)]
     compiled = [_compile(state, b.name, numbers) for b in chosen]
     if form == "json":
-        _print_json({c.bridge.name: [_flow_json(c, flow, names) for flow in _ordered(c)] for c in compiled})
+        print_json({c.bridge.name: [_flow_json(c, flow, names) for flow in _ordered(c)] for c in compiled})
         return
     for c in compiled:
         _print_ofctl(c, names)
@@ -239,17 +160,17 @@ def _print_ofctl(compiled: Compiled, names: Names) -> None:
 
 
 @main.command()
-@_file
-@_run_dir
-@_json
-@_command
+@file_argument
+@run_dir_option
+@json_option
+@guarded
 def plan(file: Path, run_dir: Path, as_json: bool) -> None:
     """Show what a state FILE would change in the switches; exit 1 if anything. Changes nothing."""
     load(file)  # every problem, before asking
     reply = ask(run_dir, {"ask": "plan", "file": str(file.resolve())})
     differs = any(bridge["changes"] for bridge in reply["bridges"])
     if as_json:
-        _print_json(reply)
+        print_json(reply)
     else:
         for bridge in reply["bridges"]:
             _print_plan(bridge)
@@ -271,7 +192,7 @@ def _print_plan(bridge: dict[str, Any]) -> None:
 
 
 @main.command()
-@_file
+@file_argument
 @click.option(
     "--listen", multiple=True, default=["tcp:127.0.0.1:6653"], show_default=True, help="tcp:…, ssl:… or unix:PATH"
 )
@@ -280,9 +201,9 @@ def _print_plan(bridge: dict[str, Any]) -> None:
 @click.option("--ca-cert", type=click.Path(path_type=Path), help="For ssl: the CA that switches' certificates are of.")
 @click.option("--ovsdb", default=OVSDB, show_default=True, help="Where to read bridges' names and settings; '' to not.")
 @click.option("-v", "--verbose", is_flag=True, help="Log every event to standard error too.")
-@_run_dir
-@_events_dir
-@_command
+@run_dir_option
+@events_dir_option
+@guarded
 def controller(
     file: Path,
     listen: tuple[str, ...],
@@ -313,15 +234,15 @@ def controller(
 
 
 @main.command()
-@_run_dir
-@_json
-@_command
+@run_dir_option
+@json_option
+@guarded
 def status(run_dir: Path, as_json: bool) -> None:
     """Show the running controller and its bridges; exit 1 if any is not as declared."""
     reply = ask(run_dir, {"ask": "status"})
     good = all(bridge["phase"] == "steady" for bridge in reply["bridges"])
     if as_json:
-        _print_json(reply)
+        print_json(reply)
     else:
         _print_status(reply)
     if not good:
@@ -333,7 +254,7 @@ def _print_status(reply: dict[str, Any]) -> None:
         f"controller pid {reply['pid']}, up {reply['uptime_s']:.0f} s, {' '.join(reply['listen'])}, "
         f"state {reply['state']} of {reply['state_file']}"
     )
-    grid = _grid("BRIDGE", "KIND", "NETWORK", "STATE", "FLOWS", "LEARNED", "FOREIGN", "EGRESS", "MISSING PORTS")
+    grid = columns("BRIDGE", "KIND", "NETWORK", "STATE", "FLOWS", "LEARNED", "FOREIGN", "EGRESS", "MISSING PORTS")
     for b in reply["bridges"]:
         if not b["connected"]:
             grid.add_row(b["name"], b["kind"], b["network"], "away", "", "", "", "", "")
@@ -341,7 +262,7 @@ def _print_status(reply: dict[str, Any]) -> None:
         egress = {None: "", True: "up", False: "DOWN"}[b["egress_up"]]
         counts = [str(b[key]) for key in ("flows", "learned", "foreign")]
         grid.add_row(b["name"], b["kind"], b["network"], b["phase"], *counts, egress, " ".join(b["missing_ports"]))
-    _print_grid(grid)
+    print_grid(grid)
     for b in reply["bridges"]:
         for warning in b.get("warnings", ()):
             click.echo(warning)
@@ -353,29 +274,29 @@ def _print_status(reply: dict[str, Any]) -> None:
 
 @main.command()
 @click.argument("bridges", nargs=-1)
-@_run_dir
-@_json
-@_command
+@run_dir_option
+@json_option
+@guarded
 def flows(bridges: tuple[str, ...], run_dir: Path, as_json: bool) -> None:
     """Show the flows that BRIDGES (default: all) hold right now, with table, app and object names."""
     names = bridges or tuple(b["name"] for b in ask(run_dir, {"ask": "status"})["bridges"] if b["connected"])
     replies = [ask(run_dir, {"ask": "flows", "bridge": name}) for name in names]
     if as_json:
-        _print_json({reply["bridge"]: reply["flows"] for reply in replies})
+        print_json({reply["bridge"]: reply["flows"] for reply in replies})
         return
     for reply in replies:
         click.echo(f"{reply['bridge']}: {len(reply['flows'])} flows")
-        grid = _grid("TABLE", "PRIO", "APP", "OBJECT", "PACKETS", "MATCH", "ACTIONS")
+        grid = columns("TABLE", "PRIO", "APP", "OBJECT", "PACKETS", "MATCH", "ACTIONS")
         for f in reply["flows"]:
             app = f"{f['app']}*" if f["learned"] else f["app"]
             name = f"{f['object']} ({f['container']})" if f["container"] else f["object"]
             row = (f["table_name"], str(f["priority"]), app, name, str(f["packets"]), f["match"], f["actions"])
             grid.add_row(*map(escape, row))
-        _print_grid(grid)
+        print_grid(grid)
 
 
 @main.command()
-@_events_dir
+@events_dir_option
 @click.option("-f", "--follow", "following", is_flag=True, help="Go on with what happens from now.")
 @click.option("-n", "--last", type=click.IntRange(min=0), help="Only the newest so many (default with --follow: 10).")
 @click.option("--since", help="10m, 2h, 12:30 or 2026-01-01T00:00:00Z.")
@@ -385,8 +306,8 @@ def flows(bridges: tuple[str, ...], run_dir: Path, as_json: bool) -> None:
 @click.option("--container", "containers", multiple=True)
 @click.option("--bridge", "bridge_names", multiple=True)
 @click.option("--verify", "verifying", is_flag=True, help="Check numbers and hashes; exit 1 if any is wrong.")
-@_json
-@_command
+@json_option
+@guarded
 def events(
     events_dir: Path,
     following: bool,
@@ -440,7 +361,7 @@ def _moment(option: str, text: str | None) -> datetime | None:
 def _print_verdict(events_dir: Path, as_json: bool) -> None:
     verdict = verify(events_dir)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "ok": verdict.ok,
                 "first_seq": verdict.first_seq,
@@ -451,7 +372,7 @@ def _print_verdict(events_dir: Path, as_json: bool) -> None:
         )
     else:
         for finding in verdict.problems:
-            _say(str(finding))
+            say(str(finding))
         state = "sound" if verdict.ok else "NOT sound"
         click.echo(f"{events_dir}: {verdict.count} events, {verdict.first_seq} to {verdict.last_seq}, {state}")
     if not verdict.ok:

@@ -29,6 +29,7 @@ RANKS = (
     ("hub", "wire", "unixsocket"),
     ("link", "listen", "ovsdb", "control"),
     ("shell",),
+    ("terminal",),
     ("lab",),
     ("cli",),
     ("__main__",),
