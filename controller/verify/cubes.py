@@ -1,0 +1,124 @@
+"""Is a cube empty once others are taken from it? A small DPLL over cubes, with a budget; then a SAT solver.
+
+Every negative cube is one clause: some bit of it differs. Unit clauses are propagated, subsumed ones dropped, and the
+clause with the fewest bits left is split. What exhausts the budget goes to `z3-solver`, and what that cannot decide
+in its time is `Exhausted`: the caller must take it for "not proved". Imports space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from controller.problems import BulkheadError
+from controller.verify.space import Cube, inside
+
+STEPS = 20_000
+"""Splits and propagations the first engine may use for one question."""
+SOLVER_MS = 5_000
+"""Time for the second engine, in milliseconds."""
+
+
+class Exhausted(BulkheadError):
+    """Neither engine could decide within its budget."""
+
+
+def witness(cube: Cube, negatives: Iterable[Cube]) -> int | None:
+    """A header in `cube` and in none of `negatives`, or None where there is none. Free bits are 0 where they may be.
+
+    Raises `Exhausted`.
+    """
+    clauses: list[Cube] = []
+    for negative in negatives:
+        if (negative[0] ^ cube[0]) & negative[1] & cube[1]:
+            continue
+        if inside(cube, negative):
+            return None
+        clauses.append(negative)
+    if not clauses:
+        return cube[0]
+    try:
+        return _search(cube, clauses, [STEPS])
+    except Exhausted:
+        return solve(cube, clauses)
+
+
+def empty(cube: Cube, negatives: Iterable[Cube]) -> bool:
+    """Whether `negatives` cover `cube`. Raises `Exhausted`."""
+    return witness(cube, negatives) is None
+
+
+def _search(cube: Cube, clauses: list[Cube], budget: list[int]) -> int | None:
+    value, mask = cube
+    while True:
+        budget[0] -= 1 + len(clauses) // 64
+        if budget[0] < 0:
+            raise Exhausted("the first engine's budget is used up")
+        left: list[Cube] = []
+        shortest, size = None, 1 << 30
+        changed = False
+        for clause in clauses:
+            if (clause[0] ^ value) & clause[1] & mask:
+                continue  # some fixed bit differs: no header here is in it
+            free = clause[1] & ~mask
+            if not free:
+                return None
+            if not free & (free - 1):  # one bit may still differ, so it must
+                value |= free & ~clause[0]
+                mask |= free
+                changed = True
+                continue
+            left.append(clause)
+            if not changed and (count := free.bit_count()) < size:
+                shortest, size = clause, count
+        clauses = left
+        if not clauses:
+            return value
+        if changed:
+            continue
+        assert shortest is not None
+        free = shortest[1] & ~mask
+        bit = free & -free
+        # First the side on which this clause holds, then the other, where one bit less is left of it.
+        differs = ~shortest[0] & bit
+        found = _search((value | differs, mask | bit), clauses, budget)
+        if found is not None:
+            return found
+        value |= shortest[0] & bit
+        mask |= bit
+
+
+def solve(cube: Cube, negatives: Iterable[Cube]) -> int | None:
+    """What `witness` answers, by the second engine. Raises `Exhausted` when it cannot decide in `SOLVER_MS`."""
+    import z3  # type: ignore[import-untyped]  # here: it takes a moment to load, and is seldom needed
+
+    variables: dict[int, z3.BoolRef] = {}
+
+    def literal(bit: int, one: bool) -> z3.BoolRef:
+        variable = variables.setdefault(bit, z3.Bool(f"b{bit}"))
+        return variable if one else z3.Not(variable)
+
+    solver = z3.Solver()
+    solver.set("timeout", SOLVER_MS)
+    value, mask = cube
+    for negative in negatives:
+        if (negative[0] ^ value) & negative[1] & mask:
+            continue
+        free = negative[1] & ~mask
+        solver.add(z3.Or([literal(bit, not negative[0] >> bit & 1) for bit in _ones(free)]))
+    answer = solver.check()
+    if answer == z3.unsat:
+        return None
+    if answer != z3.sat:
+        raise Exhausted(f"no answer within {SOLVER_MS / 1000:.0f} s by the second engine either")
+    model = solver.model()
+    for bit, variable in variables.items():
+        if z3.is_true(model.eval(variable)):
+            value |= 1 << bit
+    return value
+
+
+def _ones(number: int) -> Iterable[int]:
+    while number:
+        low = number & -number
+        yield low.bit_length() - 1
+        number ^= low

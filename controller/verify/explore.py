@@ -1,0 +1,469 @@
+"""Where can packets go? Symbolic execution of one bridge's flows on sets of packets.
+
+A region is a set of ports, a cube and cubes taken from it, all in terms of the packet *as it came in*; what flows have
+written lies over it as an `Overlay`. Copies (`move`) are kept as what they are, so regions stay exact. The explorer
+merges regions that stand before the same table with the same overlay: the union's hull, which may hold more packets
+than the union, never fewer. What it finds is checked by a walk that does not merge (`paths`).
+
+Over-approximated, on purpose: the lesser of two flows of one priority, learned flows (anything `learn` could ever
+install), unknown actions (may send anything anywhere), NORMAL, FLOOD and ALL (any port). Imports rules and cubes.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from controller import fields
+from controller.flow import Action, Bits, Flow, Learn, LearnLoad, Load, Match, Move, Output, Raw, Resubmit, SetField
+from controller.problems import BulkheadError
+from controller.verify import space
+from controller.verify.cubes import witness
+from controller.verify.rules import Ports, Rule, Rules
+from controller.verify.space import Cube, inside, meet
+
+DEPTH = 64
+"""How deep Open vSwitch resubmits (`ovs-actions(7)`): what goes deeper is dropped there."""
+KEEP = 64
+"""So many taken-away cubes outlive a merge; dropping one makes the region larger."""
+NODES = 400_000
+"""More places than this in one exploration are given up."""
+
+ANYWHERE = -1
+"""As the port of a `Sent`: any port there is, because of NORMAL, FLOOD, ALL or an action that is not understood."""
+
+
+class TooLarge(BulkheadError):
+    """The flows make more different ways than can be followed: not proved."""
+
+
+class Overlay(NamedTuple):
+    """What the flows so far have written: constants, bits nobody knows, and copies (target bit, width, source bit)."""
+
+    value: int = 0
+    mask: int = 0
+    unknown: int = 0
+    copies: tuple[tuple[int, int, int], ...] = ()
+
+    def _without(self, bits: int) -> Overlay:
+        copies = tuple(c for c in self.copies if not ((1 << c[1]) - 1) << c[0] & bits)
+        lost = sum(((1 << w) - 1) << t for t, w, _ in self.copies if ((1 << w) - 1) << t & bits) & ~bits
+        return Overlay(self.value & ~bits, self.mask & ~bits, (self.unknown | lost) & ~bits, copies)
+
+    def write(self, value: int, mask: int) -> Overlay:
+        """With constants written."""
+        clean = self._without(mask)
+        return clean._replace(value=clean.value | value & mask, mask=clean.mask | mask)
+
+    def blur(self, mask: int) -> Overlay:
+        """With bits written that nobody knows."""
+        clean = self._without(mask)
+        return clean._replace(unknown=clean.unknown | mask)
+
+    def copy(self, target: int, width: int, source: int) -> Overlay:
+        """With bits copied from elsewhere in the packet."""
+        ones = (1 << width) - 1
+        there, here = ones << source, ones << target
+        if self.mask & there == there:
+            return self.write((self.value >> source & ones) << target, here)
+        if not (self.mask | self.unknown | self.copied) & there:
+            clean = self._without(here)
+            return clean._replace(copies=tuple(sorted((*clean.copies, (target, width, source)))))
+        for t, w, s in self.copies:
+            if t <= source and source + width <= t + w and not (self.mask | self.unknown) & there:
+                clean = self._without(here)
+                return clean._replace(copies=tuple(sorted((*clean.copies, (target, width, s + source - t)))))
+        return self.blur(here)
+
+    @property
+    def copied(self) -> int:
+        """The bits that are copies."""
+        return sum(((1 << w) - 1) << t for t, w, _ in self.copies)
+
+    def known(self, cube: Cube) -> Cube:
+        """What is known of the packet as it is now, if it was in `cube` when it came in."""
+        hidden = self.mask | self.unknown | self.copied
+        value, mask = cube[0] & ~hidden | self.value, cube[1] & ~hidden | self.mask
+        for t, w, s in self.copies:
+            ones = (1 << w) - 1
+            value |= (cube[0] >> s & ones) << t
+            mask |= (cube[1] >> s & ones) << t
+        return value, mask
+
+    def before(self, cube: Cube) -> tuple[Cube, bool] | None:
+        """The packets, as they came in, that are in `cube` now; and whether exactly they are, not some of them."""
+        value, mask = cube
+        if (value ^ self.value) & mask & self.mask:
+            return None
+        mask &= ~self.mask
+        exact = not mask & self.unknown
+        mask &= ~self.unknown
+        if self.copies:
+            out: Cube | None = (value & mask & ~self.copied, mask & ~self.copied)
+            for t, w, s in self.copies:
+                ones = (1 << w) - 1
+                assert out is not None
+                out = meet(out, ((value & mask) >> t << s & ones << s, mask >> t << s & ones << s))
+                if out is None:
+                    return None
+            assert out is not None
+            return out, exact
+        return (value & mask, mask), exact
+
+
+NOTHING_WRITTEN = Overlay()
+
+
+class Region(NamedTuple):
+    """Packets: from one of `ports`, in `cube`, in none of `minus`. `owned`: all have senders their port may use."""
+
+    ports: int
+    cube: Cube
+    minus: tuple[Cube, ...] = ()
+    owned: bool = False
+
+
+class Then(NamedTuple):
+    """What a resubmit comes back to."""
+
+    actions: tuple[Action, ...]
+    goto: int | None
+    flow: Flow
+
+
+class Place(NamedTuple):
+    """Before a table, with what is written and what is still to be done."""
+
+    table: int
+    overlay: Overlay = NOTHING_WRITTEN
+    then: tuple[Then, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """Packets of `region` may leave by `port`, by an action of `flow`. IN_PORT is the port they came in by."""
+
+    region: Region
+    port: int
+    flow: Flow
+    overlay: Overlay
+
+
+class Learned(NamedTuple):
+    """Packets of `region` may make `learn` install a flow."""
+
+    region: Region
+    learn: Learn
+    overlay: Overlay
+
+
+Owned = Callable[[Region], bool]
+
+
+@dataclass(slots=True)
+class Explorer:
+    """One bridge's flows. `owned` tells of a region whether its senders are its port's own."""
+
+    rules: Rules
+    owned: Owned = lambda region: False
+    instances: Callable[[Learned], Iterator[Flow]] | None = None
+    _made: set[bytes] = field(default_factory=set)
+    _steps: int = 0
+
+    @property
+    def ports(self) -> Ports:
+        """The bridge's ports."""
+        return self.rules.ports
+
+    def lookup(self, place: Place, region: Region, *, keep: int | None) -> Iterator[tuple[Rule, Region]]:
+        """The rules that packets of `region` can match at `place`, each with the packets that do.
+
+        `keep` bounds how many cubes are kept taken away, None keeps all.
+        """
+        known = place.overlay.known(region.cube)
+        for rule in self.rules.meeting(place.table, known, region.ports):
+            if not rule.flow.actions and rule.flow.goto is None and not place.then:
+                if rule.sure and self._covers(rule, place, region):
+                    return
+                continue
+            yield from self._residual(rule, place, region, keep)
+            if rule.sure and self._covers(rule, place, region):
+                return
+
+    def _covers(self, rule: Rule, place: Place, region: Region) -> bool:
+        if region.ports & ~rule.ports:
+            return False
+        before = place.overlay.before(rule.cube)
+        return before is not None and before[1] and inside(region.cube, before[0])
+
+    def _residual(self, rule: Rule, place: Place, region: Region, keep: int | None) -> Iterator[tuple[Rule, Region]]:
+        before = place.overlay.before(rule.cube)
+        if before is None:
+            return
+        cube = meet(region.cube, before[0])
+        if cube is None:
+            return
+        ports = region.ports & rule.ports
+        minus = [m for m in region.minus if meet(m, cube) is not None]
+        partial: list[tuple[int, Cube]] = []
+        known = place.overlay.known(cube)
+        effect = rule.flow.effect
+        for higher in self.rules.meeting(place.table, known, ports, rule.flow.priority):
+            if not higher.sure or higher.flow.effect == effect:
+                continue
+            theirs = place.overlay.before(higher.cube)
+            if theirs is None or not theirs[1] or meet(theirs[0], cube) is None:
+                continue
+            if not ports & ~higher.ports:
+                if inside(cube, theirs[0]):
+                    return
+                minus.append(theirs[0])
+            elif inside(cube, theirs[0]):
+                ports &= ~higher.ports
+                if not ports:
+                    return
+            else:
+                partial.append((higher.ports, theirs[0]))
+        pieces = [(ports, minus)]
+        for theirs_ports, theirs_cube in partial[:8] if keep is not None else partial:
+            split = []
+            for piece_ports, piece_minus in pieces:
+                if within := piece_ports & theirs_ports:
+                    split.append((within, [*piece_minus, theirs_cube]))
+                if beside := piece_ports & ~theirs_ports:
+                    split.append((beside, piece_minus))
+            pieces = split
+        for piece_ports, piece_minus in pieces:
+            if piece_minus and witness(cube, piece_minus) is None:
+                continue
+            narrow, rest = _propagate(cube, piece_minus)
+            left = Region(piece_ports, narrow, rest, region.owned)
+            if not left.owned:
+                left = left._replace(owned=self.owned(left))
+            if keep is not None and len(rest) > keep:
+                widest = sorted(dict.fromkeys(rest), key=lambda m: m[1].bit_count())[:keep]
+                left = left._replace(minus=tuple(widest))
+            yield rule, left
+
+    def perform(
+        self, flow: Flow, actions: tuple[Action, ...], goto: int | None, place: Place, region: Region
+    ) -> Iterator[Sent | Learned | tuple[Place, Region]]:
+        """What actions do to packets of `region` that are at `place`: what leaves, what is learned, where they go on."""
+        overlay, then = place.overlay, place.then
+        for index, action in enumerate(actions):
+            match action:
+                case Output(fields.CONTROLLER):
+                    pass
+                case Output(fields.NORMAL | fields.FLOOD | fields.ALL):
+                    yield Sent(region, ANYWHERE, flow, overlay)
+                case Output(port):
+                    yield Sent(region, 0xFFFE if port == fields.LOCAL else port, flow, overlay)
+                case SetField(header, value):
+                    overlay = self._load(overlay, Bits(header, 0, fields.by_header(header).bits), value)
+                case Load(value, target):
+                    overlay = self._load(overlay, target, value)
+                case Move(source, target):
+                    overlay = self._move(overlay, source, target)
+                case Learn():
+                    yield Learned(region, action, overlay)
+                case Resubmit(table):
+                    if len(then) < DEPTH:
+                        rest = Then(actions[index + 1 :], goto, flow)
+                        yield Place(table, overlay, (*then, rest)), region
+                    return
+                case Raw():
+                    yield Sent(region, ANYWHERE, flow, overlay)
+            if (isinstance(action, SetField) and action.header in space.IN_PORTS) or (
+                isinstance(action, Load | Move) and action.target.header in space.IN_PORTS
+            ):
+                yield Sent(region, ANYWHERE, flow, overlay)  # what IN_PORT means from here on is not followed
+        if goto is not None:
+            yield Place(goto, overlay, then), region
+        else:
+            yield from self._back(overlay, then, region)
+
+    def _back(
+        self, overlay: Overlay, then: tuple[Then, ...], region: Region
+    ) -> Iterator[Sent | Learned | tuple[Place, Region]]:
+        if then:
+            *rest, last = then
+            yield from self.perform(last.flow, last.actions, last.goto, Place(0, overlay, tuple(rest)), region)
+
+    def step(
+        self, place: Place, region: Region, *, keep: int | None
+    ) -> Iterator[tuple[Rule | None, Sent | Learned | tuple[Place, Region]]]:
+        """Everything that can become of packets of `region` at `place`."""
+        self._steps += 1
+        for rule, matched in self.lookup(place, region, keep=keep):
+            for outcome in self.perform(rule.flow, rule.flow.actions, rule.flow.goto, place, matched):
+                yield rule, outcome
+        if place.then:  # a miss comes back too; taken for possible always, which allows more
+            for outcome in self._back(place.overlay, place.then, region):
+                yield None, outcome
+
+    @staticmethod
+    def _load(overlay: Overlay, target: Bits, value: int) -> Overlay:
+        where = space.place(target.header)
+        if where is None:
+            return overlay
+        at = where[0] + target.start
+        return overlay.write(value << at, ((1 << target.width) - 1) << at)
+
+    @staticmethod
+    def _move(overlay: Overlay, source: Bits, target: Bits) -> Overlay:
+        to = space.place(target.header)
+        if to is None:
+            return overlay
+        at = to[0] + target.start
+        where = space.place(source.header) if source.header not in space.IN_PORTS else None
+        if where is None:
+            return overlay.blur(((1 << target.width) - 1) << at)
+        return overlay.copy(at, target.width, where[0] + source.start)
+
+    # ------------------------------------------------------------------------------------------------------- merged
+
+    def reach(self, start: Region) -> Iterator[Sent]:
+        """Everything that packets of `start` can leave by, merged: it may tell more, never less. Raises `TooLarge`."""
+        nodes: dict[Place, Region] = {}
+        queue: list[tuple[int, int, Place]] = []
+        queued: set[Place] = set()
+        count = 0
+
+        def visit(place: Place, region: Region) -> None:
+            nonlocal count
+            old = nodes.get(place)
+            new = region if old is None else _merge(old, region)
+            if old is not None and new == old:
+                return
+            nodes[place] = new
+            if place not in queued:
+                count += 1
+                if len(nodes) > NODES:
+                    raise TooLarge(f"more than {NODES} ways through the tables")
+                queued.add(place)
+                heapq.heappush(queue, (place.table, count, place))
+
+        visit(Place(0), start)
+        while queue:
+            _, _, place = heapq.heappop(queue)
+            queued.discard(place)
+            gathered: dict[Place, Region] = {}
+            for _, outcome in self.step(place, nodes[place], keep=KEEP):
+                match outcome:
+                    case Sent():
+                        yield outcome
+                    case Learned():
+                        for table in self._learn(outcome):
+                            for node in [n for n in nodes if n.table == table and n not in queued]:
+                                queued.add(node)
+                                count += 1
+                                heapq.heappush(queue, (node.table, count, node))
+                    case (Place() as to, Region() as region):
+                        there = gathered.get(to)
+                        gathered[to] = region if there is None else _merge(there, region)
+            for to, region in gathered.items():
+                visit(to, region)
+
+    def _learn(self, learned: Learned) -> set[int]:
+        new = set()
+        make = self.instances or self.could_install
+        for flow in make(learned):
+            if flow.key + repr(flow.actions).encode() not in self._made:
+                self._made.add(flow.key + repr(flow.actions).encode())
+                self.rules.add(flow, sure=False)
+                new.add(flow.table)
+        return new
+
+    def could_install(self, learned: Learned, cubes: Callable[[int], list[Cube]] | None = None) -> Iterator[Flow]:
+        """Every flow that these packets could make `learn` install, one for each port; an unknown bit matches any."""
+        region, learn, overlay = learned
+        for number in self.ports.numbers(region.ports):
+            for own in cubes(number) if cubes is not None else [space.ALL]:
+                cube = meet(region.cube, own)
+                if cube is None or witness(cube, region.minus) is None:
+                    continue
+                yield _instance(learn, overlay.known(cube), number)
+
+    # -------------------------------------------------------------------------------------------------------- exact
+
+    def paths(self, start: Region, limit: int) -> Iterator[tuple[Sent, tuple[Rule | None, ...]]]:
+        """As `reach`, without merging, with the way. Raises `TooLarge` after `limit` steps."""
+        stack: list[tuple[Place, Region, tuple[Rule | None, ...]]] = [(Place(0), start, ())]
+        while stack:
+            limit -= 1
+            if limit < 0:
+                raise TooLarge("too many different ways to follow one by one")
+            place, region, way = stack.pop()
+            for rule, outcome in self.step(place, region, keep=None):
+                here = (*way, rule)
+                match outcome:
+                    case Sent():
+                        yield outcome, here
+                    case (Place() as to, Region() as left):
+                        stack.append((to, left, here))
+
+
+_NOBODY_KNOWS = Bits(0, 0, 0)
+"""As the source of a copy: what comes of it is not known."""
+
+
+def _instance(learn: Learn, now: Cube, port: int) -> Flow:
+    items: dict[int, tuple[int, int]] = {}
+    loads: list[Action] = []
+    for spec in learn.specs:
+        source = spec.source
+        ones = (1 << spec.target.width) - 1
+        if isinstance(source, int):
+            value, known = source, ones
+        elif source.header in space.IN_PORTS:
+            value, known = (port & 0xFFFF, ones) if port >= 0 else (0, 0)
+        elif (where := space.place(source.header)) is not None:
+            value, known = now[0] >> where[0] + source.start & ones, now[1] >> where[0] + source.start & ones
+        else:
+            value, known = 0, 0
+        if isinstance(spec, LearnLoad):
+            loads.append(Load(value, spec.target) if known == ones else Move(_NOBODY_KNOWS, spec.target))
+        else:
+            header = spec.target.header
+            header = fields.IN_PORT_FIELD.header if header in space.IN_PORTS else header
+            if header == fields.IN_PORT_FIELD.header and known != ones:
+                continue
+            old = items.get(header, (0, 0))
+            start = spec.target.start
+            items[header] = (old[0] | (value & known) << start, old[1] | known << start)
+    match = Match.of((header, value, mask) for header, (value, mask) in items.items())
+    return Flow(learn.table, learn.priority, match, tuple(loads), cookie=learn.cookie)
+
+
+def _merge(a: Region, b: Region) -> Region:
+    if a == b:
+        return a
+    cube = a.cube if a.cube == b.cube else space.hull(a.cube, b.cube)
+    minus = tuple(m for m in dict.fromkeys((*a.minus, *b.minus)) if _lacks(a, m) and _lacks(b, m))
+    return Region(a.ports | b.ports, cube, minus, a.owned and b.owned)
+
+
+def _propagate(cube: Cube, minus: list[Cube]) -> tuple[Cube, tuple[Cube, ...]]:
+    """The same packets, with every taken-away cube that only one bit tells from the rest made part of the cube."""
+    value, mask = cube
+    changed = True
+    while changed:
+        changed = False
+        rest = []
+        for theirs in minus:
+            free = theirs[1] & ~mask
+            if free and not free & (free - 1) and not (theirs[0] ^ value) & theirs[1] & mask:
+                value |= free & ~theirs[0]
+                mask |= free
+                changed = True
+            elif not (theirs[0] ^ value) & theirs[1] & mask:
+                rest.append(theirs)
+        minus = rest
+    return (value, mask), tuple(minus)
+
+
+def _lacks(region: Region, cube: Cube) -> bool:
+    """Whether plainly no packet of `region` is in `cube`."""
+    return cube in region.minus or meet(cube, region.cube) is None
