@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from controller import eventview
-from controller.compile import BridgeCompiler, Compiled, Names, planned_ports, try_out
+from controller.compile import BridgeCompiler, Compiled, Names, planned_ports
 from controller.control import ask
 from controller.eventread import Filter, follow, last_seq, read
 from controller.events import Kind, Record, encode
@@ -40,6 +40,7 @@ from controller.terminal import (
     run_dir_option,
     say,
 )
+from controller.verify.gate import try_proof
 from lab.cli import lab
 
 OVSDB = "unix:/var/run/openvswitch/db.sock"
@@ -62,7 +63,7 @@ def check(file: Path, as_json: bool) -> None:
     """Say everything that is wrong with a state FILE; exit 1 if it cannot be used."""
     try:
         loaded = load(file)
-        try_out(loaded.state)
+        try_proof(loaded.state)
     except InvalidInput as exc:
         if not as_json:
             raise

@@ -8,7 +8,7 @@ and below.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from apps import APP_NAMES, MESH_APP, SOCKET_APPS
@@ -249,13 +249,6 @@ def planned_ports(state: DesiredState, bridge: Bridge) -> dict[str, Port]:
     ports = {name: Port(number, name, network.gateway_mac, True) for number, name in enumerate(names, start=1)}
     ports[LOCAL_NAME] = Port(0xFFFFFFFE, LOCAL_NAME, network.gateway_mac, True)
     return ports
-
-
-def try_out(state: DesiredState, without: Container[Bridge] = ()) -> None:
-    """Compile every bridge, but those given, without a switch. Raises `Conflict` where two flows contradict each other."""
-    for bridge in state.bridges:
-        if bridge not in without:
-            BridgeCompiler().compile(state, bridge, planned_ports(state, bridge))
 
 
 _APP_NAMES = {**APP_NAMES, CANARY_APP: "canary", UNDECLARED_APP: "undeclared"}

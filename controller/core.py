@@ -14,7 +14,7 @@ from apps.learning import is_path
 from apps.packet_in import QUIET_S
 from controller import packets, status
 from controller.codec import FlowStats, PacketIn
-from controller.compile import BridgeCompiler, Compiled, Conflict, Names, try_out, undeclared
+from controller.compile import BridgeCompiler, Compiled, Conflict, Names, undeclared
 from controller.events import JSON, Kind
 from controller.frame import Port
 from controller.model import Bridge, BridgeKind, DesiredState
@@ -45,6 +45,8 @@ from controller.signals import (
     Tick,
 )
 from controller.switch import Switch, dpid_words, is_real, name_of
+from controller.verify.gate import try_proof
+from controller.verify.prove import Unsafe, prove
 from controller.wording import Wording
 
 CONTESTED_S = 3.0
@@ -115,7 +117,7 @@ class Core:
             out.append(self.wording.log(Kind.UNKNOWN_BRIDGE, trouble, switch, data={"dpid": dpid_words(up.dpid)}))
         out += self._warnings()
         out += self._note_egress(switch)
-        switch.flows.desired = self._compile(switch)
+        switch.flows.desired = self._compile_or_keep(switch, out)
         claimed = self.state.bridge(name)
         if bridge is None and claimed is not None and claimed.datapath_id is None:
             switch.flows.hold(now + CONTESTED_S)
@@ -212,8 +214,23 @@ class Core:
         if switch.bridge is None:
             return undeclared(switch.name)
         compiled = switch.compiler.compile(self.state, switch.bridge, switch.ports, switch.egress_up is not False)
+        proved = (self.state, {name: port.number for name, port in switch.ports.items()}, compiled.flows)
+        if switch.proved is None or switch.proved[0] is not self.state or switch.proved[1:] != proved[1:]:
+            found = prove(self.state, switch.bridge, switch.ports, compiled.flows.values())
+            if found:
+                raise Unsafe(found)
+            switch.proved = proved
         switch.missing = compiled.missing
         return compiled
+
+    def _compile_or_keep(self, switch: Switch, out: Effects) -> Compiled:
+        """What the switch should have; what it has so far, and an alarm, where that is not proved to be safe."""
+        try:
+            return self._compile(switch)
+        except Unsafe as exc:
+            text = f"{switch.name} keeps the flows it has: {exc}"
+            out.append(self.wording.log(Kind.UNPROVED, text, switch, data={"findings": exc.as_data()}))
+            return switch.flows.desired
 
     def _state_loaded(self, loaded: StateLoaded, now: float) -> Effects:
         """All or nothing: every bridge compiles with the new state, or the old one stays for all of them."""
@@ -232,11 +249,11 @@ class Core:
             self.state = old
             for dpid, (bridge, egress_up) in before.items():
                 self.switches[dpid].bridge, self.switches[dpid].egress_up = bridge, egress_up
-            if not isinstance(exc, Conflict):
+            if not isinstance(exc, Conflict | Unsafe):
                 raise  # a defect of ours: it is told as one, and the old state stays too
-            return [
-                self.wording.log(Kind.STATE_REJECTED, f"{loaded.source}: {exc}. The old state stays in force", None)
-            ]
+            data: dict[str, JSON] | None = {"findings": exc.as_data()} if isinstance(exc, Unsafe) else None
+            text = f"{loaded.source}: {exc}. The old state stays in force"
+            return [self.wording.log(Kind.STATE_REJECTED, text, None, data=data)]
         self.wording = Wording(loaded.state, Names([old, loaded.state]))  # what is still installed is named too
         for dpid, compiled in desired.items():
             switch = self.switches[dpid]
@@ -247,14 +264,17 @@ class Core:
         return out
 
     def _compile_all(self, out: Effects) -> dict[int, Compiled]:
-        """Recognise and compile every connected switch anew, and every other bridge for a trial. Raises `Conflict`."""
+        """Recognise and compile every connected switch anew, and every other bridge for a trial.
+
+        Raises `Conflict`, or `Unsafe` where the flows would do more than the state allows.
+        """
         for switch in self.switches.values():
             switch.bridge = None
         for switch in self.switches.values():
             switch.bridge, _ = self._recognise(switch.dpid, switch.name)
             out += self._note_egress(switch)
         desired = {switch.dpid: self._compile(switch) for switch in self.switches.values()}
-        try_out(self.state, without={s.bridge for s in self.switches.values() if s.bridge is not None})
+        try_proof(self.state, without={s.bridge for s in self.switches.values() if s.bridge is not None})
         return desired
 
     def _state_rejected(self, rejected: StateRejected, now: float) -> Effects:
@@ -265,9 +285,9 @@ class Core:
         return [self.wording.log(Kind.STATE_REJECTED, text, None, data={"problems": problems})]
 
     def _want(self, switch: Switch, now: float) -> Effects:
-        desired = self._compile(switch)
-        effects, applied = switch.flows.want(desired, now)
-        return [*effects, *self._say_applied(switch, applied)]
+        out: Effects = []
+        effects, applied = switch.flows.want(self._compile_or_keep(switch, out), now)
+        return [*out, *effects, *self._say_applied(switch, applied)]
 
     # --------------------------------------------------------------------------------------------------------- flows
 

@@ -31,6 +31,7 @@ class Kind(StrEnum):
     PORT_DOWN = "port_down"
     STATE_APPLIED = "state_applied"
     STATE_REJECTED = "state_rejected"
+    UNPROVED = "unproved"
     PATH_LEARNED = "path_learned"
     PATH_EXPIRED = "path_expired"
     VIOLATION = "violation"
@@ -71,7 +72,7 @@ _WARNINGS: Final = frozenset(
         Kind.LOST,
     }
 )
-_ALARMS: Final = frozenset({Kind.VIOLATION, Kind.TAMPERING, Kind.INTERNAL_ERROR})
+_ALARMS: Final = frozenset({Kind.UNPROVED, Kind.VIOLATION, Kind.TAMPERING, Kind.INTERNAL_ERROR})
 
 
 def severity(kind: Kind) -> Severity:

@@ -31,7 +31,7 @@ from os_ken.ofproto import ofproto_v1_4
 from controller import codec, fields
 from controller import wire as _wire  # noqa: F401  (mends os-ken's parser)
 from controller.codec import CodecError
-from controller.compile import Conflict, try_out
+from controller.compile import Conflict
 from controller.control import ControlSocket
 from controller.core import Core
 from controller.eventlog import EventLog
@@ -59,6 +59,7 @@ from controller.signals import (
     Tick,
 )
 from controller.statefile import load
+from controller.verify.gate import try_proof
 
 TICK_S = 0.25
 WATCH_S = 0.25
@@ -379,7 +380,7 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 def serve(settings: Settings) -> None:
     """Run the controller until it is told to stop. Raises `InvalidInput` and `BulkheadError` before it has begun."""
     loaded = load(settings.state_file)
-    try_out(loaded.state)
+    try_proof(loaded.state)
     if loaded.problems:
         LOG.warning("%d warning(s); to read them: bulkhead check %s", len(loaded.problems), settings.state_file)
     log = EventLog(settings.events_dir, max_per_second=100)

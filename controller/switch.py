@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from controller import fields
 from controller.compile import BridgeCompiler
-from controller.flow import Flow
+from controller.flow import Flow, FlowKey
 from controller.frame import LOCAL_NAME, Port
-from controller.model import Bridge, BridgeKind
+from controller.model import Bridge, BridgeKind, DesiredState
 from controller.offenders import Offenders
 from controller.pipeline import table_name
 from controller.reconcile import Reconciler
@@ -29,6 +30,8 @@ class Switch:
     offenders: Offenders = field(default_factory=Offenders)
     egress_up: bool | None = None
     missing: tuple[str, ...] = ()
+    proved: tuple[DesiredState, dict[str, int], Mapping[FlowKey, Flow]] | None = None
+    """What was last proved: a state, port numbers and flows. The same again need not be."""
 
     def port_name(self, number: int) -> str:
         """The name of a port, or its number where there is none of that number (any more)."""

@@ -1,7 +1,7 @@
 """What every command shares: options, messages, tables, exit codes.
 
 What is printed is a table for people or, with `--json`, one JSON value. Problems go to standard error, one line each,
-never a traceback. Imports problems and compile's `Conflict`.
+never a traceback. Imports problems and what refuses a state.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rich.table import Table as Grid
 
 from controller.compile import Conflict
 from controller.problems import BulkheadError, InvalidInput, Problem, Severity
+from controller.verify.prove import Unsafe
 
 NO, UNKNOWN = 1, 2
 RUN_DIR = Path("/run/bulkhead")
@@ -56,7 +57,7 @@ def reporting() -> Iterator[None]:
     except InvalidInput as exc:
         print_problems(exc.problems)
         sys.exit(NO)
-    except Conflict as exc:
+    except (Conflict, Unsafe) as exc:
         say(f"bulkhead: {exc}")
         sys.exit(NO)
     except BulkheadError as exc:

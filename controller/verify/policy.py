@@ -147,6 +147,7 @@ class _Socket:
             )
         if host:
             self._allow(LOCAL_NAME, *self._replies(foreign, vpn_only=False))
+        self._rules(containers, tuple(target(p) for p in foreign))
 
     def _bit(self, name: str | None) -> int:
         number = self.numbers.get(name) if name is not None else None
@@ -193,6 +194,19 @@ class _Socket:
             doors = tuple(both(target(member.address), *_ports(proto, dst=number)) for proto, number in offered)
             if doors and host:
                 self._allow(member.port, Receives(host, doors, why=f"exposed services of {member.name}"))
+
+    def _rules(self, containers: int, foreign: tuple[Cube, ...]) -> None:
+        """What the operator's own rules send to the host or the mesh; to members they deliver only what is theirs."""
+        for rule in self.network.rules:
+            if rule.output is None or rule.output not in self.numbers or rule.in_port == LOCAL_NAME:
+                continue
+            to_mesh = self.network.mesh is not None and rule.output == self.network.mesh.port
+            if rule.output != LOCAL_NAME and not to_mesh:
+                continue
+            may = self._bit(rule.in_port) if rule.in_port is not None else containers
+            cube = both(*(bits(fields.BY_NAME[name], value, mask) for name, value, mask in rule.match))
+            cube = both(cube, UNTAGGED)
+            self._allow(rule.output, Receives(may & containers, (cube,), foreign, rule.path))
 
     def _replies(self, foreign: tuple[Prefix, ...], *, vpn_only: bool) -> Iterator[Receives]:
         vpn = self.network.vpn

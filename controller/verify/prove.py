@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from controller import fields
+from controller.events import JSON
 from controller.flow import Flow
 from controller.frame import Port
 from controller.model import Bridge, DesiredState
@@ -43,6 +44,15 @@ class Finding:
     text: str
     counterexample: Counterexample | None = None
 
+    def as_data(self) -> JSON:
+        """The finding as plain JSON values."""
+        found: dict[str, JSON] = {"bridge": self.bridge, "text": self.text}
+        if self.counterexample is not None:
+            example = self.counterexample
+            found |= {"packet": example.packet, "in_port": example.in_port, "out_port": example.out_port}
+            found["way"] = [str(flow) for flow in example.way]
+        return found
+
     def __str__(self) -> str:
         if self.counterexample is None:
             return f"{self.bridge}: {self.text}"
@@ -59,6 +69,10 @@ class Unsafe(BulkheadError):
             "the flows of this state would open a path that the state does not allow:\n"
             + "\n".join(f"  {finding}" for finding in findings)
         )
+
+    def as_data(self) -> list[JSON]:
+        """The findings as plain JSON values."""
+        return [finding.as_data() for finding in self.findings]
 
 
 def prove(state: DesiredState, bridge: Bridge, ports: Mapping[str, Port], flows: Iterable[Flow]) -> tuple[Finding, ...]:

@@ -35,7 +35,7 @@ def test_whatever_compiles_is_proved(state: DesiredState) -> None:
 @given(st.data())
 def test_a_foreign_flow_that_sends_anything_on_is_found(data: st.DataObject) -> None:
     state = two_networks()
-    bridge = data.draw(st.sampled_from([b for b in state.bridges]))
+    bridge = data.draw(st.sampled_from(list(state.bridges)))
     ports = planned_ports(state, bridge)
     numbers = [port.number for port in ports.values()]
     source, target = data.draw(st.sampled_from(numbers)), data.draw(st.sampled_from([*numbers, fields.NORMAL, 777]))

@@ -20,6 +20,7 @@ RANKS = (
     ("pipeline", "statefile"),
     ("apps",),
     ("compile", "diff", "codec", "packets"),
+    ("verify",),
     ("signals", "offenders"),
     ("reconcile",),
     ("switch",),
