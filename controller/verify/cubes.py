@@ -44,7 +44,19 @@ def witness(cube: Cube, negatives: Iterable[Cube]) -> int | None:
 
 def empty(cube: Cube, negatives: Iterable[Cube]) -> bool:
     """Whether `negatives` cover `cube`. Raises `Exhausted`."""
-    return witness(cube, negatives) is None
+    value, mask = cube
+    share = 0.0
+    clauses = []
+    for negative in negatives:
+        if (negative[0] ^ value) & negative[1] & mask:
+            continue
+        free = negative[1] & ~mask
+        if not free:
+            return True
+        share += 0.5 ** free.bit_count()
+        clauses.append(negative)
+    # Each takes that share of the headers away: together they must come to the whole to cover it.
+    return share > 0.999 and witness(cube, clauses) is None
 
 
 def _search(cube: Cube, clauses: list[Cube], budget: list[int]) -> int | None:

@@ -12,7 +12,7 @@ install), unknown actions (may send anything anywhere), NORMAL, FLOOD and ALL (a
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,8 +20,8 @@ from controller import fields
 from controller.flow import Action, Bits, Flow, Learn, LearnLoad, Load, Match, Move, Output, Raw, Resubmit, SetField
 from controller.problems import BulkheadError
 from controller.verify import space
-from controller.verify.cubes import witness
-from controller.verify.rules import Ports, Rule, Rules
+from controller.verify.cubes import empty
+from controller.verify.rules import Layout, Ports, Rule, Rules
 from controller.verify.space import Cube, inside, meet
 
 DEPTH = 64
@@ -134,11 +134,12 @@ class Then(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Before a table, with what is written and what is still to be done."""
+    """Before a table, with what is written and what is still to be done; `tag`: by which learned flow, if by one."""
 
     table: int
     overlay: Overlay = NOTHING_WRITTEN
     then: tuple[Then, ...] = ()
+    tag: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +165,14 @@ Owned = Callable[[Region], bool]
 
 @dataclass(slots=True)
 class Explorer:
-    """One bridge's flows. `owned` tells of a region whether its senders are its port's own."""
+    """One bridge's flows. `owned` tells of a region whether its senders are its port's own.
+
+    With a `layout`, flows that nothing can come of are passed over.
+    """
 
     rules: Rules
     owned: Owned = lambda region: False
-    instances: Callable[[Learned], Iterator[Flow]] | None = None
+    layout: Layout | None = None
     _made: set[bytes] = field(default_factory=set)
     _steps: int = 0
 
@@ -184,13 +188,18 @@ class Explorer:
         """
         known = place.overlay.known(region.cube)
         for rule in self.rules.meeting(place.table, known, region.ports):
-            if not rule.flow.actions and rule.flow.goto is None and not place.then:
+            if not place.then and self._idle(rule.flow):
                 if rule.sure and self._covers(rule, place, region):
                     return
                 continue
             yield from self._residual(rule, place, region, keep)
             if rule.sure and self._covers(rule, place, region):
                 return
+
+    def _idle(self, flow: Flow) -> bool:
+        if self.layout is not None:
+            return self.layout.idle(flow)
+        return not flow.actions and flow.goto is None
 
     def _covers(self, rule: Rule, place: Place, region: Region) -> bool:
         if region.ports & ~rule.ports:
@@ -236,7 +245,7 @@ class Explorer:
                     split.append((beside, piece_minus))
             pieces = split
         for piece_ports, piece_minus in pieces:
-            if piece_minus and witness(cube, piece_minus) is None:
+            if piece_minus and empty(cube, piece_minus):
                 continue
             narrow, rest = _propagate(cube, piece_minus)
             left = Region(piece_ports, narrow, rest, region.owned)
@@ -368,22 +377,22 @@ class Explorer:
 
     def _learn(self, learned: Learned) -> set[int]:
         new = set()
-        make = self.instances or self.could_install
-        for flow in make(learned):
+        for flow in (f for n in self.ports.numbers(learned.region.ports) for f in self.could_install(learned, n)):
             if flow.key + repr(flow.actions).encode() not in self._made:
                 self._made.add(flow.key + repr(flow.actions).encode())
                 self.rules.add(flow, sure=False)
                 new.add(flow.table)
         return new
 
-    def could_install(self, learned: Learned, cubes: Callable[[int], list[Cube]] | None = None) -> Iterator[Flow]:
-        """Every flow that these packets could make `learn` install, one for each port; an unknown bit matches any."""
+    def could_install(self, learned: Learned, number: int, own: Iterable[Cube] = (space.ALL,)) -> Iterator[Flow]:
+        """Every flow that these packets, from port `number` and in `own`, could make `learn` install.
+
+        What is not known of a packet is not compared.
+        """
         region, learn, overlay = learned
-        for number in self.ports.numbers(region.ports):
-            for own in cubes(number) if cubes is not None else [space.ALL]:
-                cube = meet(region.cube, own)
-                if cube is None or witness(cube, region.minus) is None:
-                    continue
+        for cubes in own:
+            cube = meet(region.cube, cubes)
+            if cube is not None and not empty(cube, region.minus):
                 yield _instance(learn, overlay.known(cube), number)
 
     # -------------------------------------------------------------------------------------------------------- exact

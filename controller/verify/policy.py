@@ -6,16 +6,19 @@ that is not said here is forbidden. Imports model, frame, space and rules; no ap
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from controller import fields
 from controller.frame import LOCAL_NAME, Port
-from controller.model import Bridge, BridgeKind, DesiredState, Ipv4, Network, Prefix
+from controller.model import Bridge, BridgeKind, DesiredState, Ipv4, Member, Network, Prefix, Vpn
 from controller.verify.rules import Ports
-from controller.verify.space import ALL, Cube, bits
+from controller.verify.space import ALL, Cube, CubeSet, bits
 
 LOCAL = 0xFFFE
+NONE = CubeSet()
+ANY = CubeSet((ALL,))
 IP, ARP, UDP = 0x0800, 0x0806, 17
 PROTOCOLS = {"tcp": (6, fields.TCP_SRC, fields.TCP_DST), "udp": (UDP, fields.UDP_SRC, fields.UDP_DST)}
 PROTOCOLS["sctp"] = (132, fields.SCTP_SRC, fields.SCTP_DST)
@@ -60,25 +63,38 @@ def _address(field: fields.Field, prefix: Prefix | Ipv4) -> Cube:
 class Senders:
     """Packets that a port may send on: those in one of `among`, and in none of `but`."""
 
-    among: tuple[Cube, ...]
-    but: tuple[Cube, ...] = ()
+    among: CubeSet
+    but: CubeSet = NONE
 
 
 @dataclass(frozen=True, slots=True)
 class Receives:
-    """Packets from any of `ports`, in one of `among` and in none of `but`, may leave by a port; `why` in words."""
+    """Packets from any of `ports`, in one of `among` and in none of `but`, may leave by a port; `why` in words.
+
+    `ports` are folded (`Ports.fold`). Packets of a port are only those it may send on, see `Senders`.
+    """
 
     ports: int
-    among: tuple[Cube, ...]
-    but: tuple[Cube, ...] = ()
+    among: CubeSet
+    but: CubeSet = NONE
     why: str = ""
+
+    def within(self, other: Receives) -> bool:
+        """Whether the other plainly allows all that this one does."""
+        return not self.ports & ~other.ports and self.among.within(other.among) and other.but.within(self.but)
 
 
 class Policy:
-    """The policy of one bridge. `ports` gives port numbers their bits; `names` are those of the bridge's ports."""
+    """The policy of one bridge. `ports` gives port numbers their bits; `names` are those of the bridge's ports.
 
-    def __init__(self, state: DesiredState, bridge: Bridge, there: Mapping[str, Port], ports: Ports) -> None:
+    What an `old` one says of members that are as they were is taken over.
+    """
+
+    def __init__(
+        self, state: DesiredState, bridge: Bridge, there: Mapping[str, Port], ports: Ports, old: Policy | None = None
+    ) -> None:
         self.ports = ports
+        self.members: dict[str, _Member] = {} if old is None else dict(old.members)
         self.names = {_number(port.number): name for name, port in there.items()}
         self.senders: dict[int, Senders] = {}
         self.receives: dict[int, tuple[Receives, ...]] = {}
@@ -98,8 +114,9 @@ class Policy:
             return
         for this, other in (ends, ends[::-1]):
             assert this is not None and other is not None
-            self.senders[this] = Senders((ALL,))
-            may = Receives(self.ports.one(other), (IPV4, ANY_ARP), why="the other end of the mesh")
+            self.senders[this] = Senders(ANY)
+            across = CubeSet((IPV4, ANY_ARP))
+            may = Receives(self.ports.one(other), across, why="the other end of the mesh")
             self.receives[this] = (may,)
 
     def name(self, number: int) -> str:
@@ -109,6 +126,34 @@ class Policy:
 
 def _number(number: int) -> int:
     return LOCAL if number == fields.LOCAL else number
+
+
+class _Member(NamedTuple):
+    """What is allowed to and from a container, whatever its port's number."""
+
+    member: Member
+    vpn: Vpn | None
+    senders: Senders
+    own: CubeSet
+    doors: CubeSet
+    answers: CubeSet
+    vpn_answers: CubeSet
+
+    @classmethod
+    def of(cls, member: Member, vpn: Vpn | None) -> _Member:
+        """`vpn` if this is its server."""
+        own: list[Prefix | Ipv4] = [member.address, *member.routed]
+        tunnel = [("udp", vpn.port)] if vpn is not None else []
+        offered = [(s.protocol, s.port) for s in member.services if s.exposed] + tunnel
+        return cls(
+            member,
+            vpn,
+            Senders(CubeSet(both(source(p), bits(fields.ETH_SRC, member.mac)) for p in own)),
+            CubeSet(target(p) for p in own),
+            CubeSet(both(target(member.address), *_ports(proto, dst=number)) for proto, number in offered),
+            CubeSet(both(source(member.address), *_ports(proto, src=number)) for proto, number in offered),
+            CubeSet(both(source(member.address), *_ports(proto, src=number)) for proto, number in tunnel),
+        )
 
 
 @dataclass(slots=True)
@@ -121,41 +166,56 @@ class _Socket:
     numbers: Mapping[str, int]
 
     def fill(self) -> None:
-        network = self.network
-        containers = 0
+        network, ports = self.network, self.policy.ports
+        singled = 0
+        for rule in network.rules:
+            singled |= self._bit(rule.in_port)
+        there = {m.id: self.numbers[m.port] for m in network.members if m.port in self.numbers}
         for member in network.members:
-            if (port := self.numbers.get(member.port)) is not None:
-                containers |= self.policy.ports.one(port)
-                own: list[Prefix | Ipv4] = [member.address, *member.routed]
-                mine = [both(source(p), bits(fields.ETH_SRC, member.mac)) for p in own]
-                self.policy.senders[port] = Senders(tuple(mine))
+            vpn = network.vpn if network.vpn is not None and network.vpn.member_id == member.id else None
+            if member.id in there and self.policy.members.get(member.id, (None, None))[:2] != (member, vpn):
+                self.policy.members[member.id] = _Member.of(member, vpn)
+        for member_id in self.policy.members.keys() - there.keys():
+            del self.policy.members[member_id]
+        every = 0
+        for number in there.values():
+            every |= ports.one(number)
+        ports.alike = every & ~singled
+        containers = ports.fold(every)
+        self.policy.senders |= {there[key]: known.senders for key, known in self.policy.members.items()}
         egress = self._bit(network.egress.port if network.egress else None)
         mesh = self._bit(network.mesh.port if network.mesh else None)
         host = self._bit(LOCAL_NAME) if network.host is not None or network.vpn is not None else 0
         self._leg_senders()
         foreign = tuple(p for other in self.state.networks if other.name != network.name for p in other.prefixes)
-        self._to_containers(containers, egress | mesh, host, foreign)
+        foreign_targets = CubeSet(map(target, foreign))
+        for key, known in self.policy.members.items():
+            may = Receives(containers | egress | mesh, known.own, why=known.member.name)
+            self._allow(there[key], may)
+            if known.doors and host:
+                self._allow(there[key], Receives(host, known.doors, why=f"exposed services of {known.member.name}"))
         if network.egress is not None and egress:
-            nobody = tuple(map(target, (*foreign, *network.prefixes, *NOT_THE_WORLD)))
-            self._allow(network.egress.port, Receives(containers | mesh, (IPV4,), nobody, "the world, by the egress"))
+            nobody = CubeSet(map(target, (*foreign, *network.prefixes, *NOT_THE_WORLD)))
+            may = Receives(containers | mesh, CubeSet((IPV4,)), nobody, "the world, by the egress")
+            self._allow(self.numbers[network.egress.port], may)
         if network.mesh is not None and mesh:
-            across = tuple(map(target, network.mesh.prefixes))
-            self._allow(
-                network.mesh.port,
-                Receives(containers | egress, across, tuple(map(target, foreign)), "peers across the mesh"),
-                *self._replies(foreign, vpn_only=True),
-            )
+            across = CubeSet(map(target, network.mesh.prefixes))
+            number = self.numbers[network.mesh.port]
+            self._allow(number, Receives(containers | egress, across, foreign_targets, "peers across the mesh"))
+            answers = CubeSet(cube for known in self.policy.members.values() for cube in known.vpn_answers)
+            self._allow(number, Receives(containers, answers, foreign_targets, "answers of the VPN"))
         if host:
-            self._allow(LOCAL_NAME, *self._replies(foreign, vpn_only=False))
-        self._rules(containers, tuple(target(p) for p in foreign))
+            answers = CubeSet(cube for known in self.policy.members.values() for cube in known.answers)
+            may = Receives(containers, answers, foreign_targets, "answers of exposed services")
+            self._allow(self.numbers[LOCAL_NAME], may)
+        self._rules(containers, foreign_targets)
 
     def _bit(self, name: str | None) -> int:
         number = self.numbers.get(name) if name is not None else None
         return self.policy.ports.one(number) if number is not None else 0
 
-    def _allow(self, name: str, *receives: Receives) -> None:
-        number = self.numbers[name]
-        self.policy.receives[number] = (*self.policy.receives.get(number, ()), *receives)
+    def _allow(self, number: int, receives: Receives) -> None:
+        self.policy.receives[number] = (*self.policy.receives.get(number, ()), receives)
 
     def _leg_senders(self) -> None:
         network, senders = self.network, self.policy.senders
@@ -165,37 +225,22 @@ class _Socket:
             server = network.member(network.vpn.member_id)
             clients = (both(target(server.address), *_ports("udp", dst=network.vpn.port)),)
         but = tuple(source(p) for p in foreign)
+        elsewhere = CubeSet(but)
         if network.egress is not None and (port := self.numbers.get(network.egress.port)) is not None:
             own_mac = bits(fields.ETH_SRC, network.egress.mac)
-            senders[port] = Senders((both(IPV4, own_mac),), but)
+            senders[port] = Senders(CubeSet((both(IPV4, own_mac),)), elsewhere)
         if network.mesh is not None and (port := self.numbers.get(network.mesh.port)) is not None:
             own_mac = bits(fields.ETH_SRC, network.mesh.mac)
             local = [member.address for member in network.members]
             local += [address for address in (network.gateway, network.host) if address is not None]
             here = tuple(source(a) for a in local)
             among = tuple(both(cube, own_mac) for cube in (*map(source, network.mesh.prefixes), *clients))
-            senders[port] = Senders(among, (*but, *here))
+            senders[port] = Senders(CubeSet(among), CubeSet((*but, *here)))
         if (port := self.numbers.get(LOCAL_NAME)) is not None:
             among = (source(network.host),) if network.host is not None else ()
-            senders[port] = Senders((*among, *clients), but)
+            senders[port] = Senders(CubeSet((*among, *clients)), elsewhere)
 
-    def _to_containers(self, containers: int, legs: int, host: int, foreign: tuple[Prefix, ...]) -> None:
-        vpn = self.network.vpn
-        for member in self.network.members:
-            port = self.numbers.get(member.port)
-            if port is None:
-                continue
-            own: list[Prefix | Ipv4] = [member.address, *member.routed]
-            here = tuple(target(p) for p in own)
-            self._allow(member.port, Receives(containers | legs, here, why=member.name))
-            offered = [(s.protocol, s.port) for s in member.services if s.exposed]
-            if vpn is not None and vpn.member_id == member.id:
-                offered.append(("udp", vpn.port))
-            doors = tuple(both(target(member.address), *_ports(proto, dst=number)) for proto, number in offered)
-            if doors and host:
-                self._allow(member.port, Receives(host, doors, why=f"exposed services of {member.name}"))
-
-    def _rules(self, containers: int, foreign: tuple[Cube, ...]) -> None:
+    def _rules(self, containers: int, foreign: CubeSet) -> None:
         """What the operator's own rules send to the host or the mesh; to members they deliver only what is theirs."""
         for rule in self.network.rules:
             if rule.output is None or rule.output not in self.numbers or rule.in_port == LOCAL_NAME:
@@ -206,21 +251,7 @@ class _Socket:
             may = self._bit(rule.in_port) if rule.in_port is not None else containers
             cube = both(*(bits(fields.BY_NAME[name], value, mask) for name, value, mask in rule.match))
             cube = both(cube, UNTAGGED)
-            self._allow(rule.output, Receives(may & containers, (cube,), foreign, rule.path))
-
-    def _replies(self, foreign: tuple[Prefix, ...], *, vpn_only: bool) -> Iterator[Receives]:
-        vpn = self.network.vpn
-        for member in self.network.members:
-            port = self.numbers.get(member.port)
-            if port is None:
-                continue
-            offered = [] if vpn_only else [(s.protocol, s.port) for s in member.services if s.exposed]
-            if vpn is not None and vpn.member_id == member.id:
-                offered.append(("udp", vpn.port))
-            answers = tuple(both(source(member.address), *_ports(proto, src=number)) for proto, number in offered)
-            if answers:
-                but = tuple(map(target, foreign))
-                yield Receives(self.policy.ports.one(port), answers, but, f"answers of {member.name}")
+            self._allow(self.numbers[rule.output], Receives(may & containers, CubeSet((cube,)), foreign, rule.path))
 
 
 def _ports(protocol: str, *, src: int | None = None, dst: int | None = None) -> list[Cube]:

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from controller import fields
 from controller.events import JSON
-from controller.flow import Flow
+from controller.flow import Flow, FlowKey
 from controller.frame import Port
 from controller.model import Bridge, DesiredState
 from controller.problems import BulkheadError
-from controller.verify.cubes import Exhausted, witness
+from controller.verify.cubes import Exhausted, empty, witness
 from controller.verify.explore import ANYWHERE, Explorer, Learned, Region, Sent, TooLarge
-from controller.verify.policy import ANY_ARP, Policy, Senders, both
-from controller.verify.rules import OTHER, Ports, Rule, Rules
-from controller.verify.space import ALL, ENTERING, Cube, get, inside, meet
+from controller.verify.policy import ANY_ARP, NONE, Policy, Senders, both
+from controller.verify.reached import Outdated, Reached
+from controller.verify.rules import ALIKE, OTHER, Ports, Rule, Rules
+from controller.verify.space import ALL, ENTERING, Cube, CubeSet, get, inside, meet
 
 PATH_STEPS = 20_000
+"""So many steps are taken to find one counterexample,"""
+CONFIRM_STEPS = 400_000
+"""and so many for all of them."""
+NO_SENDERS = Senders(NONE)
 MOST = 5
 """So many findings are told; there is no end to them where everything is open."""
 
@@ -77,89 +83,175 @@ class Unsafe(BulkheadError):
 
 def prove(state: DesiredState, bridge: Bridge, ports: Mapping[str, Port], flows: Iterable[Flow]) -> tuple[Finding, ...]:
     """What is wrong with `flows` on `bridge`: nothing, if they do no more than `state` allows. At most `MOST` findings."""
-    return _Proof(state, bridge, ports, flows).findings()
+    return Prover().prove(state, bridge, ports, {flow.key: flow for flow in flows})
+
+
+class Prover:
+    """Proves one bridge's flows again and again; what has not changed since the last proof is not looked at again."""
+
+    def __init__(self) -> None:
+        self._proof: _Proof | None = None
+
+    def prove(
+        self, state: DesiredState, bridge: Bridge, ports: Mapping[str, Port], flows: Mapping[FlowKey, Flow]
+    ) -> tuple[Finding, ...]:
+        """As `prove` on all of it: what the last proof leaves in doubt is decided by a whole one."""
+        proof, self._proof = self._proof, None
+        if proof is not None and proof.bridge == bridge.name and not proof.is_worn():
+            try:
+                proof.change(state, bridge, ports, flows)
+                if not proof.suspects:
+                    self._proof = proof
+                    return ()
+            except (Outdated, TooLarge, Exhausted):
+                pass
+        proof = _Proof(state, bridge, ports, flows)
+        found = proof.findings()
+        if not found:
+            self._proof = proof
+        return found
+
+
+class _Suspect(NamedTuple):
+    """Packets that the kept regions cannot excuse: from port `number`, out of `port`."""
+
+    port: int
+    number: int
 
 
 class _Proof:
-    def __init__(self, state: DesiredState, bridge: Bridge, there: Mapping[str, Port], flows: Iterable[Flow]) -> None:
+    def __init__(
+        self, state: DesiredState, bridge: Bridge, there: Mapping[str, Port], flows: Mapping[FlowKey, Flow]
+    ) -> None:
         self.bridge = bridge.name
         self.ports = Ports()
         self.policy = Policy(state, bridge, there, self.ports)
-        self.rules = Rules(flows, self.ports)
-        self.explorer = Explorer(self.rules, self._owned, self._instances)
+        self.flows = flows
+        self.rules = Rules((), self.ports)
+        self.by_key = {key: self.rules.add(flow) for key, flow in flows.items()}
+        self.explorer = Explorer(self.rules, self._owned)
+        self.reached = Reached(self.explorer, self._judge, self._could_learn)
+        self.suspects: dict[_Suspect, None] = {}
+        self._entering = self.ports.all
+
+    def is_worn(self) -> bool:
+        """Whether so many port numbers have come and gone that it is better to begin anew."""
+        return len(self.ports) > 2 * len(self.policy.names) + 1000
 
     def findings(self) -> tuple[Finding, ...]:
+        """Prove everything."""
         out: list[Finding] = []
         try:
-            suspects = self._suspects()
+            self._find_suspects()
         except (TooLarge, Exhausted) as exc:
             return (Finding(self.bridge, f"isolation could not be proved: {exc}"),)
-        seen: set[tuple[int, int]] = set()
-        for port, sent, minus, from_port in suspects:
-            if (from_port, port) in seen:
-                continue
-            seen.add((from_port, port))
+        budget = [CONFIRM_STEPS]
+        for suspect in self.suspects:
             try:
-                found = self._confirm(port, sent, minus, from_port)
+                found = self._confirm(suspect.port, suspect.number, budget)
             except (TooLarge, Exhausted) as exc:
                 found = Finding(self.bridge, f"isolation could not be proved: {exc}")
             if found is not None:
                 out.append(found)
-                if len(out) >= MOST:
+                if len(out) >= MOST or budget[0] <= 0:
                     break
         return tuple(out)
 
-    def _suspects(self) -> list[tuple[int, Sent, tuple[Cube, ...], int]]:
-        """(port out, what was sent, what is allowed, port in) of everything the merged exploration cannot excuse."""
-        start = Region(self.ports.all | OTHER, ENTERING)
-        out = []
-        for sent in self.explorer.reach(start):
-            for port in self._receivers(sent):
-                out += [(port, sent, allowed, number) for number, allowed in self._excess(port, sent)]
-        return out
+    def _find_suspects(self) -> None:
+        while True:
+            try:
+                self.reached.start(Region(self.ports.all | OTHER, ENTERING))
+                return
+            except Outdated:  # by what could be learned: that is known now, so this ends
+                self.explorer.layout = None
+                self.suspects.clear()
+                self.reached = Reached(self.explorer, self._judge, self._could_learn)
+
+    def change(
+        self, state: DesiredState, bridge: Bridge, there: Mapping[str, Port], flows: Mapping[FlowKey, Flow]
+    ) -> None:
+        """Prove what is different now. Raises `Outdated` where that cannot be told apart, `TooLarge`, `Exhausted`."""
+        old, alike = self.policy, self.ports.alike
+        self.policy = Policy(state, bridge, there, self.ports, old)
+        before, self.flows = self.flows, flows
+        gone, new = [], []
+        for key, flow in flows.items():
+            known = before.get(key)
+            if known is not flow and known != flow:
+                new.append((key, flow))
+        if len(before) + len(new) > len(flows) or any(key in before for key, _ in new):
+            changed = dict(new)
+            gone = [self.by_key.pop(key) for key in before if key not in flows or key in changed]
+        added = self.reached.change(gone, [flow for _, flow in new])
+        self.by_key |= {rule.flow.key: rule for rule in added}
+        fresh = self.ports.all & ~self._entering
+        if fresh:
+            self.reached.start(Region(fresh, ENTERING))
+            self._entering |= fresh
+        numbers = self.policy.senders.keys() | old.senders.keys()
+        senders = [n for n in numbers if self.policy.senders.get(n) != old.senders.get(n)]
+        again = alike ^ self.ports.alike
+        for number in senders:
+            again |= self.ports.one(number)
+        if again:
+            self.reached.again(again)
+        for number in self.policy.receives.keys() | old.receives.keys():
+            theirs, now = old.receives.get(number, ()), self.policy.receives.get(number, ())
+            if theirs is not now and theirs != now and not all(any(a.within(b) for b in now) for a in theirs):
+                self.reached.judge_again(number)
+
+    def _judge(self, sent: Sent) -> None:
+        for port in self._receivers(sent):
+            for number in self._excess(port, sent):
+                self.suspects[_Suspect(port, number)] = None
 
     def _receivers(self, sent: Sent) -> list[int]:
         if sent.port == ANYWHERE:
             return [number for number in self.ports.numbers(self.ports.all) if number >= 0]
         return [sent.port]
 
-    def _excess(self, port: int, sent: Sent) -> Iterator[tuple[int, tuple[Cube, ...]]]:
-        """The ports in from which packets may leave by `port` that must not, with what they may send."""
+    def _excess(self, port: int, sent: Sent) -> Iterator[int]:
+        """The ports in from which packets may leave by `port` that must not."""
         region = sent.region
         if port == (fields.IN_PORT & 0xFFFFFFFF):
             if not inside(region.cube, ANY_ARP):
-                for number in self.ports.numbers(region.ports):
-                    yield number, (ANY_ARP,)
+                yield from self.ports.numbers(region.ports)
             return
-        left = region.ports & ~self.ports.one(port)  # output to the port it came in by is skipped
-        for receives in self.policy.receives.get(port, ()):
+        left = self.ports.fold(region.ports & ~self.ports.one(port))  # output to the port it came in by is skipped
+        allowed = self.policy.receives.get(port, ()) if region.owned else ()
+        for receives in allowed:
             group = left & receives.ports
-            if not group or not region.owned:
+            if not group or any(self._meets(region, cube) for cube in receives.but):
                 continue
-            if any(self._meets(region, cube) for cube in receives.but):
-                continue
-            others = [r for r in self.policy.receives[port] if r.ports & group == group]
-            among = [cube for r in others for cube in r.among if not any(self._meets(region, b) for b in r.but)]
-            if witness(region.cube, [*region.minus, *among]) is None:
+            if receives.among.holds(region.cube):
                 left &= ~group
-        for number in self.ports.numbers(left):
-            yield number, ()
+                continue
+            others = [r for r in allowed if r.ports & group == group]
+            among = [cube for r in others for cube in r.among if not any(self._meets(region, b) for b in r.but)]
+            if empty(region.cube, [*region.minus, *among]):
+                left &= ~group
+        if left:
+            bad = region.ports & ~self.ports.one(port)
+            yield from (n for n in self.ports.numbers(bad) if self.ports.fold(self._bit(n)) & left)
+
+    def _bit(self, number: int) -> int:
+        return self.ports.one(number) if number >= 0 else OTHER
 
     @staticmethod
     def _meets(region: Region, cube: Cube) -> bool:
         common = meet(region.cube, cube)
-        return common is not None and witness(common, region.minus) is not None
+        return common is not None and not empty(common, region.minus)
 
     def _forbidden(self, port: int, number: int) -> Iterator[tuple[Cube, tuple[Cube, ...]]]:
         """What must not go from `number` to `port`, as cubes with what is taken from each."""
         if port == fields.IN_PORT:
             yield ALL, (ANY_ARP,)
             return
-        senders = self.policy.senders.get(number, Senders(()))
-        yield ALL, senders.among
+        senders = self.policy.senders.get(number, NO_SENDERS)
+        yield ALL, tuple(senders.among)
         for cube in senders.but:
             yield cube, ()
-        bit = self.ports.one(number) if number >= 0 else OTHER
+        bit = self.ports.fold(self._bit(number))
         mine = [r for r in self.policy.receives.get(port, ()) if r.ports & bit]
         yield ALL, tuple(cube for r in mine for cube in r.among)
         for receives in mine:
@@ -170,12 +262,15 @@ class _Proof:
                         beside = tuple(c for r in mine if r is not receives for c in r.among)
                         yield common, beside
 
-    def _confirm(self, port: int, sent: Sent, minus: tuple[Cube, ...], number: int) -> Finding | None:
-        bit = self.ports.one(number) if number >= 0 else OTHER
+    def _confirm(self, port: int, number: int, budget: list[int]) -> Finding | None:
+        bit = self._bit(number)
         for cube, beside in self._forbidden(port, number):
             start = Region(bit, both(cube, ENTERING), beside)
-            if beside and witness(cube, beside) is None:
+            if beside and empty(cube, beside):
                 continue
+            budget[0] -= PATH_STEPS
+            if budget[0] < 0:
+                raise TooLarge("too many doubts to follow one by one")
             for found, way in self.explorer.paths(start, PATH_STEPS):
                 if found.port not in (port, ANYWHERE):
                     continue
@@ -196,26 +291,18 @@ class _Proof:
     # --------------------------------------------------------------------------------------------------- for explorer
 
     def _owned(self, region: Region) -> bool:
-        if region.ports & (region.ports - 1) or region.ports == OTHER:
+        if region.ports & (region.ports - 1) or region.ports in (OTHER, ALIKE):
             return False
-        number = self.ports.numbers(region.ports)[0]
-        senders = self.policy.senders.get(number)
-        if senders is None or not any(inside(region.cube, cube) for cube in senders.among):
+        senders = self.policy.senders.get(self.ports.numbers(region.ports)[0])
+        if senders is None or not senders.among.holds(region.cube):
             return False
-        taken = set(region.minus)
-        for cube in senders.but:
-            common = meet(region.cube, cube)
-            if common is None or cube in taken or any(inside(common, m) for m in taken):
-                continue
-            return False
-        return True
+        taken = CubeSet(region.minus)
+        common = (meet(region.cube, cube) for cube in senders.but)
+        return all(cube is None or taken.holds(cube) for cube in common)
 
-    def _instances(self, learned: Learned) -> Iterator[Flow]:
-        def own(number: int) -> list[Cube]:
-            senders = self.policy.senders.get(number)
-            return list(senders.among) if learned.region.owned and senders is not None else [ALL]
-
-        return self.explorer.could_install(learned, own)
+    def _could_learn(self, learned: Learned, number: int) -> Iterator[Flow]:
+        senders = self.policy.senders.get(number) if learned.region.owned else None
+        return self.explorer.could_install(learned, number, senders.among if senders is not None else (ALL,))
 
 
 def words(in_port: int, header: int) -> str:

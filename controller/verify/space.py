@@ -8,6 +8,7 @@ regions hold it apart, as a set of ports. Imports fields and flow.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 from controller import fields
@@ -114,6 +115,37 @@ def hull(a: Cube, b: Cube) -> Cube:
     """The smallest cube around both."""
     mask = a[1] & b[1] & ~(a[0] ^ b[0])
     return a[0] & mask, mask
+
+
+class CubeSet:
+    """Some cubes, grouped by what they compare so that `holds` need not look at each."""
+
+    def __init__(self, cubes: Iterable[Cube] = ()) -> None:
+        self.cubes = tuple(cubes)
+        self._groups: dict[int, set[int]] = {}
+        for value, mask in self.cubes:
+            self._groups.setdefault(mask, set()).add(value)
+
+    def __iter__(self) -> Iterator[Cube]:
+        return iter(self.cubes)
+
+    def __len__(self) -> int:
+        return len(self.cubes)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, CubeSet) and self._groups == other._groups)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.cubes))
+
+    def holds(self, cube: Cube) -> bool:
+        """Whether all of `cube` is in one of these."""
+        value, mask = cube
+        return any(not theirs & ~mask and value & theirs in values for theirs, values in self._groups.items())
+
+    def within(self, other: CubeSet) -> bool:
+        """Whether each of these is one of the others."""
+        return all(values <= other._groups.get(mask, set()) for mask, values in self._groups.items())
 
 
 def get(header: int, field: Field) -> int:
