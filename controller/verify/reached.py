@@ -166,7 +166,7 @@ class Reached:
 
     def _refresh(self) -> None:
         layout = self.explorer.rules.layout()
-        if self.explorer.layout is not None and self._places and layout.alive - self.explorer.layout.alive:
+        if self.explorer.layout is not None and layout.alive - self.explorer.layout.alive:
             raise Outdated
         self.explorer.layout = layout
         for horizon in self._horizons.values():
