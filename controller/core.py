@@ -46,7 +46,7 @@ from controller.signals import (
 )
 from controller.switch import Switch, dpid_words, is_real, name_of
 from controller.verify.gate import try_proof
-from controller.verify.prove import Unsafe, prove
+from controller.verify.prove import Unsafe
 from controller.wording import Wording
 
 CONTESTED_S = 3.0
@@ -216,7 +216,7 @@ class Core:
         compiled = switch.compiler.compile(self.state, switch.bridge, switch.ports, switch.egress_up is not False)
         proved = (self.state, {name: port.number for name, port in switch.ports.items()}, compiled.flows)
         if switch.proved is None or switch.proved[0] is not self.state or switch.proved[1:] != proved[1:]:
-            found = prove(self.state, switch.bridge, switch.ports, compiled.flows.values())
+            found = switch.prover.prove(self.state, switch.bridge, switch.ports, compiled.flows)
             if found:
                 raise Unsafe(found)
             switch.proved = proved

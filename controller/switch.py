@@ -13,6 +13,7 @@ from controller.model import Bridge, BridgeKind, DesiredState
 from controller.offenders import Offenders
 from controller.pipeline import table_name
 from controller.reconcile import Reconciler
+from controller.verify.prove import Prover
 
 RESERVED_PORTS = 0xFF00
 
@@ -30,6 +31,7 @@ class Switch:
     offenders: Offenders = field(default_factory=Offenders)
     egress_up: bool | None = None
     missing: tuple[str, ...] = ()
+    prover: Prover = field(default_factory=Prover)
     proved: tuple[DesiredState, dict[str, int], Mapping[FlowKey, Flow]] | None = None
     """What was last proved: a state, port numbers and flows. The same again need not be."""
 
