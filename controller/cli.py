@@ -201,6 +201,7 @@ def _print_plan(bridge: dict[str, Any]) -> None:
 @click.option("--certificate", type=click.Path(path_type=Path), help="For ssl: our certificate, PEM.")
 @click.option("--ca-cert", type=click.Path(path_type=Path), help="For ssl: the CA that switches' certificates are of.")
 @click.option("--ovsdb", default=OVSDB, show_default=True, help="Where to read bridges' names and settings; '' to not.")
+@click.option("--seal", is_flag=True, help="Drop all from a port whose packets leak by foreign flows, until cleared.")
 @click.option("-v", "--verbose", is_flag=True, help="Log every event to standard error too.")
 @run_dir_option
 @events_dir_option
@@ -212,6 +213,7 @@ def controller(
     certificate: Path | None,
     ca_cert: Path | None,
     ovsdb: str,
+    seal: bool,
     verbose: bool,
     run_dir: Path,
     events_dir: Path,
@@ -231,7 +233,7 @@ def controller(
         raise BulkheadError("--private-key, --certificate and --ca-cert go together; give all three")
     tls = Tls(private_key, certificate, ca_cert) if private_key and certificate and ca_cert else None
     addresses = tuple(parse(text, tls) for text in listen)
-    shell.serve(shell.Settings(file, addresses, run_dir, events_dir, ovsdb or None))
+    shell.serve(shell.Settings(file, addresses, run_dir, events_dir, ovsdb or None, seal))
 
 
 @main.command()
@@ -239,15 +241,30 @@ def controller(
 @json_option
 @guarded
 def status(run_dir: Path, as_json: bool) -> None:
-    """Show the running controller and its bridges; exit 1 if any is not as declared."""
+    """Show the running controller and its bridges; exit 1 if any is not as declared, leaks or is sealed."""
     reply = ask(run_dir, {"ask": "status"})
-    good = all(bridge["phase"] == "steady" for bridge in reply["bridges"])
+    good = all(b["phase"] == "steady" and not b["leaks"] and not b["sealed"] for b in reply["bridges"])
     if as_json:
         print_json(reply)
     else:
         _print_status(reply)
     if not good:
         sys.exit(NO)
+
+
+@main.command()
+@click.argument("bridge")
+@click.argument("port")
+@run_dir_option
+@json_option
+@guarded
+def unseal(bridge: str, port: str, run_dir: Path, as_json: bool) -> None:
+    """Let the packets of a sealed PORT of BRIDGE in again. If they still leak, `--seal` seals it again."""
+    reply = ask(run_dir, {"ask": "unseal", "bridge": bridge, "port": port})
+    if as_json:
+        print_json(reply)
+    else:
+        click.echo(f"port {port} of {bridge} is not sealed any more")
 
 
 def _print_status(reply: dict[str, Any]) -> None:
@@ -267,6 +284,10 @@ def _print_status(reply: dict[str, Any]) -> None:
     for b in reply["bridges"]:
         for warning in b.get("warnings", ()):
             click.echo(warning)
+        for leak in b["leaks"]:
+            click.secho(f"{b['name']} LEAKS: {leak['text']}", fg="red")
+        for port in b["sealed"]:
+            click.echo(f"port {port} of {b['name']} is sealed; when it is mended: bulkhead unseal {b['name']} {port}")
     if reply["undeclared"]:
         click.echo(f"connected but not declared: {', '.join(reply['undeclared'])}")
     if reply["internal_errors"]:

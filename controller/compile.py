@@ -9,9 +9,10 @@ and below.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from apps import APP_NAMES, MESH_APP, SOCKET_APPS
+from controller.fields import IN_PORT_FIELD
 from controller.flow import Cookie, Flow, FlowKey, Match
 from controller.frame import LOCAL_NAME, Frame, Placed, PlacedRule, Port, cookie, frame_of, object_id
 from controller.model import Bridge, BridgeKind, DesiredState, Member, Network
@@ -20,6 +21,7 @@ from controller.problems import BulkheadError
 
 CANARY_APP = 12
 UNDECLARED_APP = 13
+SEAL_APP = 14
 
 CANARY_FLOW = CANARY.flow(Band.MISS, cookie(CANARY_APP, "canary"))
 """There as long as the switch holds what we gave it: a restarted one has lost it with all the others."""
@@ -48,6 +50,11 @@ class Compiled:
     flows: Mapping[FlowKey, Flow]
     missing: tuple[str, ...] = ()
     ports: frozenset[int] | None = None
+
+    def sealed(self, numbers: Iterable[int]) -> Compiled:
+        """With everything dropped that comes in by these ports."""
+        seals = {flow.key: flow for flow in map(_seal, numbers)}
+        return replace(self, flows={**self.flows, **seals}) if seals else self
 
 
 class OverlapIndex:
@@ -251,10 +258,21 @@ def planned_ports(state: DesiredState, bridge: Bridge) -> dict[str, Port]:
     return ports
 
 
-_APP_NAMES = {**APP_NAMES, CANARY_APP: "canary", UNDECLARED_APP: "undeclared"}
+def _seal(port: int) -> Flow:
+    return Flow(ADMIT.id, 0xFFFF, Match.named(in_port=port), cookie=cookie(SEAL_APP, "seal"))
+
+
+def sealed_port(flow: Flow) -> int | None:
+    """The number of the port that a flow seals, None if it seals none."""
+    port = flow.match.get(IN_PORT_FIELD)
+    return port[0] if port is not None and flow == _seal(port[0]) else None
+
+
+_APP_NAMES = {**APP_NAMES, CANARY_APP: "canary", UNDECLARED_APP: "undeclared", SEAL_APP: "seal"}
 
 _FIXED_OBJECTS = (
     "canary",
+    "seal",
     "bridge",
     "frames/vlan-tagged",
     "frames/reserved-multicast",

@@ -14,7 +14,7 @@ from apps.learning import is_path
 from apps.packet_in import QUIET_S
 from controller import packets, status
 from controller.codec import FlowStats, PacketIn
-from controller.compile import BridgeCompiler, Compiled, Conflict, Names, undeclared
+from controller.compile import BridgeCompiler, Compiled, Conflict, Names, sealed_port, undeclared
 from controller.events import JSON, Kind
 from controller.frame import Port
 from controller.model import Bridge, BridgeKind, DesiredState
@@ -43,10 +43,12 @@ from controller.signals import (
     SwitchError,
     SwitchUp,
     Tick,
+    Unseal,
 )
 from controller.switch import Switch, dpid_words, is_real, name_of
 from controller.verify.gate import try_proof
-from controller.verify.prove import Unsafe
+from controller.verify.prove import Finding, Unsafe
+from controller.watch import Watch
 from controller.wording import Wording
 
 CONTESTED_S = 3.0
@@ -61,8 +63,11 @@ Effects = list[Effect]
 class Core:
     """All that the controller decides."""
 
-    def __init__(self, state: DesiredState) -> None:
+    def __init__(self, state: DesiredState, *, seal: bool = False) -> None:
         self.state = state
+        self.seal = seal
+        self._watches: dict[int, Watch] = {}
+        self._sealed: dict[str, set[str]] = {}
         self.wording = Wording(state, Names([state]))
         self.switches: dict[int, Switch] = {}
         self.facts: dict[str, BridgeFacts] = {}
@@ -85,6 +90,7 @@ class Core:
             FactsSeen: self._facts_seen,
             EgressHealth: self._egress_health,
             SwitchError: self._switch_error,
+            Unseal: self._unseal,
             Tick: self._tick,
         }
 
@@ -105,6 +111,7 @@ class Core:
         switch = Switch(up.dpid, name, bridge, ports, Reconciler(up.dpid, undeclared(name)), compiler)
         switch.flows.was_ours = up.dpid in self._known
         self.switches[up.dpid] = switch
+        self._watches[up.dpid] = Watch()
         out: Effects = [
             self.wording.log(
                 Kind.SWITCH_UP,
@@ -151,6 +158,7 @@ class Core:
 
     def _switch_down(self, down: SwitchDown, now: float) -> Effects:
         switch = self.switches.pop(down.dpid, None)
+        self._watches.pop(down.dpid, None)
         if switch is None:
             return []
         text = f"{switch.name} disconnected; its flows stay in force as long as ovs-vswitchd runs"
@@ -214,6 +222,8 @@ class Core:
         if switch.bridge is None:
             return undeclared(switch.name)
         compiled = switch.compiler.compile(self.state, switch.bridge, switch.ports, switch.egress_up is not False)
+        sealed = self._sealed.get(switch.name, set()) & switch.ports.keys()
+        compiled = compiled.sealed(switch.ports[name].number for name in sorted(sealed))
         proved = (self.state, {name: port.number for name, port in switch.ports.items()}, compiled.flows)
         if switch.proved is None or switch.proved[0] is not self.state or switch.proved[1:] != proved[1:]:
             found = switch.prover.prove(self.state, switch.bridge, switch.ports, compiled.flows)
@@ -296,9 +306,10 @@ class Core:
         if switch is None:
             return []
         switch.offenders.adopt(dumped.flows)
+        out = self._adopt_seals(switch, dumped.flows)
         told = set(switch.flows.foreign)
         effects, applied = switch.flows.dumped(dumped.flows, now)
-        out = self._say_applied(switch, applied)
+        out += self._say_applied(switch, applied)
         news = [flow for flow in switch.flows.foreign if flow not in told]
         out += [self.wording.foreign(switch, flow, "was there already") for flow in news]
         return out + effects
@@ -449,13 +460,62 @@ class Core:
             out += effects + self._say_applied(switch, applied)
             if switch.flows.phase is not Phase.DUMPING and switch.offenders.due(now):
                 out.append(Count(switch.dpid))
+            out += self._watch(switch, now)
         return out
+
+    # --------------------------------------------------------------------------------------------------------- watch
+
+    def _watch(self, switch: Switch, now: float) -> Effects:
+        """Prove what the switch holds, if it holds something else than it was given."""
+        watch = self._watches[switch.dpid]
+        before = watch.open
+        if not watch.look(self.state, switch, now):
+            return []
+        told = {finding.ports for finding in before}
+        news = [finding for finding in watch.open if finding.ports not in told]
+        out: Effects = [self.wording.leak(switch, finding) for finding in news]
+        if before and not watch.open:
+            out.append(self.wording.log(Kind.LEAK_CLOSED, f"{switch.name} holds no flow any more that leaks", switch))
+        return out + (self._close(switch, news, now) if self.seal else [])
+
+    def _close(self, switch: Switch, findings: list[Finding], now: float) -> Effects:
+        sealed = self._sealed.setdefault(switch.name, set())
+        found = {f.counterexample.in_port for f in findings if f.counterexample is not None}
+        fresh = sorted((found & switch.ports.keys()) - sealed)
+        sealed |= set(fresh)
+        out: Effects = [self.wording.sealed(switch, name) for name in fresh]
+        return out + (self._want(switch, now) if fresh else [])
+
+    def _adopt_seals(self, switch: Switch, flows: Iterable[FlowStats]) -> Effects:
+        """What was sealed before this controller began stays so."""
+        numbers = {sealed_port(stats.flow) for stats in flows} - {None}
+        found = {port.name for port in switch.ports.values() if port.number in numbers}
+        sealed = self._sealed.setdefault(switch.name, set())
+        out: Effects = [self.wording.sealed(switch, name) for name in sorted(found - sealed)]
+        if out:
+            sealed |= found
+            switch.flows.desired = self._compile_or_keep(switch, out)
+        return out
+
+    def _unseal(self, unseal: Unseal, now: float) -> Effects:
+        switch = self.by_name(unseal.bridge)
+        if switch is None or unseal.port not in self._sealed.get(unseal.bridge, ()):
+            return []
+        self._sealed[unseal.bridge].discard(unseal.port)
+        text = f"port {unseal.port} of {switch.name} is not sealed any more: an operator has cleared it"
+        told: Effects = [self.wording.log(Kind.UNSEALED, text, switch, port=unseal.port)]
+        return [*told, *self._want(switch, now)]
 
     # ------------------------------------------------------------------------------------------------------- questions
 
     def status(self) -> dict[str, JSON]:
         """Everything `bulkhead status` shows of the bridges."""
-        return status.status(self.wording, self.switches.values(), self._warned)
+        leaks = {self.switches[dpid].name: watch.open for dpid, watch in self._watches.items()}
+        return status.status(self.wording, self.switches.values(), self._warned, leaks, self.sealed())
+
+    def sealed(self) -> dict[str, list[str]]:
+        """The sealed ports of every bridge that has any."""
+        return {bridge: sorted(ports) for bridge, ports in self._sealed.items() if ports}
 
     def plan(self, state: DesiredState) -> list[dict[str, JSON]]:
         """What another state would change. Changes nothing. Raises `Conflict`."""

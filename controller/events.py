@@ -32,6 +32,10 @@ class Kind(StrEnum):
     STATE_APPLIED = "state_applied"
     STATE_REJECTED = "state_rejected"
     UNPROVED = "unproved"
+    LEAK = "leak"
+    LEAK_CLOSED = "leak_closed"
+    SEALED = "sealed"
+    UNSEALED = "unsealed"
     PATH_LEARNED = "path_learned"
     PATH_EXPIRED = "path_expired"
     VIOLATION = "violation"
@@ -72,7 +76,7 @@ _WARNINGS: Final = frozenset(
         Kind.LOST,
     }
 )
-_ALARMS: Final = frozenset({Kind.UNPROVED, Kind.VIOLATION, Kind.TAMPERING, Kind.INTERNAL_ERROR})
+_ALARMS: Final = frozenset({Kind.UNPROVED, Kind.LEAK, Kind.SEALED, Kind.VIOLATION, Kind.TAMPERING, Kind.INTERNAL_ERROR})
 
 
 def severity(kind: Kind) -> Severity:

@@ -77,6 +77,8 @@ class Reconciler:
     installed: dict[FlowKey, Flow] = field(default_factory=dict)
     learned: dict[FlowKey, Flow] = field(default_factory=dict)
     held: bool = False
+    changes: int = 0
+    """Grows whenever what the switch holds has changed."""
     _token: int = 0
     _underway: Plan = NOTHING
     _repair: bool = False
@@ -114,6 +116,7 @@ class Reconciler:
             return [], None
         self._not_before = now
         self.installed, self.learned = {}, {}
+        self.changes += 1
         for stats in flows:
             self._note(stats.flow)
         self._lost_all = self.was_ours and CANARY_FLOW.key not in self.installed
@@ -128,6 +131,7 @@ class Reconciler:
             self._note(flow, gone=True)
         for flow in (*self._underway.add, *self._underway.change):
             self.installed[flow.key] = flow
+        self.changes += 1
         done = self._applied(self._underway, now - self._began)
         self._retry_s = RETRY_FIRST_S
         effects, _ = self._advance(now)
@@ -187,6 +191,7 @@ class Reconciler:
         return flow.key not in self.installed if gone else ends_by_itself(flow)
 
     def _note(self, flow: Flow, *, gone: bool = False) -> None:
+        self.changes += 1
         self.learned.pop(flow.key, None)
         if gone:
             self.installed.pop(flow.key, None)

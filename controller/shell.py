@@ -57,6 +57,7 @@ from controller.signals import (
     SwitchDown,
     SwitchUp,
     Tick,
+    Unseal,
 )
 from controller.statefile import load
 from controller.verify.gate import try_proof
@@ -80,6 +81,7 @@ class Settings:
     run_dir: Path
     events_dir: Path
     ovsdb: str | None = None
+    seal: bool = False
 
 
 @dataclass(slots=True)
@@ -325,8 +327,19 @@ class Bulkhead(app_manager.OSKenApp):  # type: ignore[misc]
             self._flows(str(question.get("bridge", "")), reply)
         elif ask == "plan":
             self._plan(Path(str(question.get("file", ""))), reply)
+        elif ask == "unseal":
+            self._unseal(str(question.get("bridge", "")), str(question.get("port", "")), reply)
         else:
-            reply({"error": f"unknown question {json.dumps(ask)[:80]}; expected status, flows or plan"})
+            reply({"error": f"unknown question {json.dumps(ask)[:80]}; expected status, flows, plan or unseal"})
+
+    def _unseal(self, bridge: str, port: str, reply: Callable[[dict[str, Any]], None]) -> None:
+        sealed = self.core.sealed()
+        if port not in sealed.get(bridge, ()):
+            there = ", ".join(f"{name} {p}" for name, ports in sealed.items() for p in ports) or "none"
+            reply({"error": f"port {port!r} of bridge {bridge!r} is not sealed; sealed: {there}"})
+            return
+        self.feed(Unseal(bridge, port))
+        reply({"bridge": bridge, "port": port, "sealed": False})
 
     def _plan(self, path: Path, reply: Callable[[dict[str, Any]], None]) -> None:
         try:
@@ -390,7 +403,7 @@ def serve(settings: Settings) -> None:
     manager = app_manager.AppManager.get_instance()
     manager.instantiate(ofp_handler.OFPHandler)
     listener = Listener(settings.listen)
-    app = manager.instantiate(Bulkhead, settings=settings, core=Core(loaded.state), log=log)
+    app = manager.instantiate(Bulkhead, settings=settings, core=Core(loaded.state, seal=settings.seal), log=log)
     control = ControlSocket(settings.run_dir / "controller.sock", app.answer)
     # Flows are many small values that live long. With the default thresholds, every change of a big state sets off a
     # collection of all of them, which costs more than the change.

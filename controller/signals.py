@@ -151,6 +151,14 @@ class SwitchError:
 
 
 @dataclass(frozen=True, slots=True)
+class Unseal:
+    """An operator says that a sealed port of a bridge may be used again."""
+
+    bridge: str
+    port: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -171,6 +179,7 @@ Signal = (
     | FactsSeen
     | EgressHealth
     | SwitchError
+    | Unseal
     | Tick
 )
 

@@ -12,20 +12,32 @@ from controller.model import Bridge, DesiredState
 from controller.pipeline import table_name
 from controller.reconcile import ends_by_itself
 from controller.switch import Switch, dpid_words, flow_words
+from controller.verify.prove import Finding
 from controller.wording import Wording
 
 Warnings = Mapping[tuple[str, str], str]
 """(bridge, what) to a standing warning's text."""
 
 
-def status(wording: Wording, switches: Collection[Switch], warnings: Warnings) -> dict[str, JSON]:
+def status(
+    wording: Wording,
+    switches: Collection[Switch],
+    warnings: Warnings,
+    leaks: Mapping[str, Iterable[Finding]],
+    sealed: Mapping[str, Collection[str]],
+) -> dict[str, JSON]:
     """Every declared bridge and what is known of it, for `bulkhead status`."""
     state = wording.state
     by_bridge = {switch.bridge: switch for switch in switches if switch.bridge is not None}
     return {
         "state": state.digest,
         "networks": [network.name for network in state.networks],
-        "bridges": [_bridge(wording, bridge, by_bridge.get(bridge), warnings) for bridge in state.bridges],
+        "bridges": [
+            _bridge(wording, bridge, by_bridge.get(bridge), warnings)
+            | {"leaks": [finding.as_data() for finding in leaks.get(bridge.name, ())]}
+            | {"sealed": sorted(sealed.get(bridge.name, ()))}
+            for bridge in state.bridges
+        ],
         "undeclared": [switch.name for switch in switches if switch.bridge is None],
     }
 

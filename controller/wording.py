@@ -15,6 +15,7 @@ from controller.pipeline import RETURN, Violation
 from controller.reconcile import Applied, Changed
 from controller.signals import Log
 from controller.switch import Switch, flow_words
+from controller.verify.prove import Finding
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,33 @@ class Wording:
             f"ovs-ofctl -O OpenFlow14 del-flows {switch.name} 'cookie={flow.cookie:#x}/-1,table={flow.table}'"
         )
         return self.log(Kind.FOREIGN_FLOW, text, switch, flow=flow)
+
+    def leak(self, switch: Switch, finding: Finding) -> Log:
+        """What a switch really holds lets something through, or cannot be proved not to."""
+        data: dict[str, JSON] = {"findings": [finding.as_data()]}
+        example = finding.counterexample
+        if example is None:
+            text = f"what {switch.name} really holds is not proved: {finding.text}"
+            return self.log(Kind.UNPROVED, text, switch, data=data)
+        desired = switch.flows.desired.flows
+        theirs = [flow for flow in example.way if desired.get(flow.key) != flow]
+        text = f"{switch.name} leaks: {finding.text}"
+        if theirs:
+            mend = f"'cookie={theirs[0].cookie:#x}/-1,table={theirs[0].table}'"
+            text += f". The flow that does it is not ours; take it away: ovs-ofctl -O OpenFlow14 del-flows {switch.name} {mend}"
+        else:
+            text += ". Flows of ours are missing there, and are put back"
+        port = example.in_port if example.in_port in switch.ports else None
+        flow = theirs[0] if theirs else None
+        return self.log(Kind.LEAK, text, switch, flow=flow, port=port, packet=example.packet, data=data)
+
+    def sealed(self, switch: Switch, port: str) -> Log:
+        """Everything that comes in by a port drops from now on."""
+        text = (
+            f"port {port} of {switch.name} is sealed: everything that comes in by it drops, until you have mended what leaked "
+            f"and say: bulkhead unseal {switch.name} {port}"
+        )
+        return self.log(Kind.SEALED, text, switch, port=port)
 
     def path_cut(self, switch: Switch, flow: Flow) -> Log:
         """A return path that we removed ourselves."""

@@ -77,6 +77,34 @@ class Overlay(NamedTuple):
                 return clean._replace(copies=tuple(sorted((*clean.copies, (target, width, s + source - t)))))
         return self.blur(here)
 
+    def after(self, action: Action) -> Overlay | None:
+        """With what an action writes, None for an action that does something else."""
+        match action:
+            case SetField(header, value):
+                return self._load(Bits(header, 0, fields.by_header(header).bits), value)
+            case Load(value, target):
+                return self._load(target, value)
+            case Move(source, target):
+                return self._move(source, target)
+        return None
+
+    def _load(self, target: Bits, value: int) -> Overlay:
+        where = space.place(target.header)
+        if where is None:
+            return self
+        at = where[0] + target.start
+        return self.write(value << at, ((1 << target.width) - 1) << at)
+
+    def _move(self, source: Bits, target: Bits) -> Overlay:
+        to = space.place(target.header)
+        if to is None:
+            return self
+        at = to[0] + target.start
+        where = space.place(source.header) if source.header not in space.IN_PORTS else None
+        if where is None:
+            return self.blur(((1 << target.width) - 1) << at)
+        return self.copy(at, target.width, where[0] + source.start)
+
     @property
     def copied(self) -> int:
         """The bits that are copies."""
@@ -269,12 +297,8 @@ class Explorer:
                     yield Sent(region, ANYWHERE, flow, overlay)
                 case Output(port):
                     yield Sent(region, 0xFFFE if port == fields.LOCAL else port, flow, overlay)
-                case SetField(header, value):
-                    overlay = self._load(overlay, Bits(header, 0, fields.by_header(header).bits), value)
-                case Load(value, target):
-                    overlay = self._load(overlay, target, value)
-                case Move(source, target):
-                    overlay = self._move(overlay, source, target)
+                case SetField() | Load() | Move():
+                    overlay = overlay.after(action) or overlay
                 case Learn():
                     yield Learned(region, action, overlay)
                 case Resubmit(table):
@@ -311,25 +335,6 @@ class Explorer:
         if place.then:  # a miss comes back too; taken for possible always, which allows more
             for outcome in self._back(place.overlay, place.then, region):
                 yield None, outcome
-
-    @staticmethod
-    def _load(overlay: Overlay, target: Bits, value: int) -> Overlay:
-        where = space.place(target.header)
-        if where is None:
-            return overlay
-        at = where[0] + target.start
-        return overlay.write(value << at, ((1 << target.width) - 1) << at)
-
-    @staticmethod
-    def _move(overlay: Overlay, source: Bits, target: Bits) -> Overlay:
-        to = space.place(target.header)
-        if to is None:
-            return overlay
-        at = to[0] + target.start
-        where = space.place(source.header) if source.header not in space.IN_PORTS else None
-        if where is None:
-            return overlay.blur(((1 << target.width) - 1) << at)
-        return overlay.copy(at, target.width, where[0] + source.start)
 
     # ------------------------------------------------------------------------------------------------------- merged
 

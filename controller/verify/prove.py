@@ -50,6 +50,12 @@ class Finding:
     text: str
     counterexample: Counterexample | None = None
 
+    @property
+    def ports(self) -> tuple[str, str]:
+        """Where from and where to, both empty if it could not be decided."""
+        example = self.counterexample
+        return (example.in_port, example.out_port) if example is not None else ("", "")
+
     def as_data(self) -> JSON:
         """The finding as plain JSON values."""
         found: dict[str, JSON] = {"bridge": self.bridge, "text": self.text}
@@ -110,6 +116,10 @@ class Prover:
         if not found:
             self._proof = proof
         return found
+
+    def could_learn(self, flow: Flow) -> bool:
+        """Whether the flows that were proved last could make the switch learn this one: it is proved with them."""
+        return self._proof is not None and self._proof.reached.could_learn(flow)
 
 
 class _Suspect(NamedTuple):

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from controller.flow import Flow, Learn
 from controller.verify.explore import KEEP, NODES, Explorer, Learned, Overlay, Place, Region, Sent, TooLarge
-from controller.verify.rules import ALIKE, Layout, Rule
-from controller.verify.space import PLACES, Cube, hull, inside, meet
+from controller.verify.rules import ALIKE, ANY_PORT, Layout, Rule
+from controller.verify.space import PLACES, Cube, hull, inside, meet, of_match
 
 FEW = 16
 """So many regions of a place are kept apart; more become one, with their hull."""
@@ -163,6 +163,22 @@ class Reached:
         for node in list(self._senders.get(number, ())):
             self._again(node, node.regions)
         self._run()
+
+    def could_learn(self, flow: Flow) -> bool:
+        """Whether a flow is one of those that packets could make `learn` install, with what nobody knew filled in."""
+        cube, port, exact = of_match(flow.match)
+        ports = ANY_PORT if port is None else self.explorer.ports.one(port)
+        writes = _writes(flow)
+        if writes is None or not exact:
+            return False
+        for rule in self.explorer.rules.meeting(flow.table, cube, ports):
+            if rule.tag and rule.flow.priority == flow.priority and inside(cube, rule.cube):
+                could = _writes(rule.flow)
+                assert could is not None
+                same_bits = writes.mask == could.mask | could.unknown
+                if not ports & ~rule.ports and same_bits and not (writes.value ^ could.value) & could.mask:
+                    return True
+        return False
 
     def _refresh(self) -> None:
         layout = self.explorer.rules.layout()
@@ -340,6 +356,17 @@ class Reached:
         assert self.explorer.layout is not None
         if any(rule.flow.table not in self.explorer.layout.alive for rule in changed):
             self._refresh()
+
+
+def _writes(flow: Flow) -> Overlay | None:
+    """What a flow writes, None if it does more than that."""
+    overlay = Overlay()
+    for action in flow.actions:
+        written = overlay.after(action)
+        if written is None:
+            return None
+        overlay = written
+    return overlay if flow.goto is None else None
 
 
 def _take(regions: list[Region], region: Region) -> list[Region]:

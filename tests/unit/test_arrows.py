@@ -24,7 +24,7 @@ RANKS = (
     ("signals", "offenders"),
     ("reconcile",),
     ("switch",),
-    ("wording",),
+    ("watch", "wording"),
     ("status",),
     ("core",),
     ("hub", "wire", "unixsocket"),
