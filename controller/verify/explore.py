@@ -215,14 +215,14 @@ class Explorer:
         `keep` bounds how many cubes are kept taken away, None keeps all.
         """
         known = place.overlay.known(region.cube)
+        floor = -1
         for rule in self.rules.meeting(place.table, known, region.ports):
-            if not place.then and self._idle(rule.flow):
-                if rule.sure and self._covers(rule, place, region):
-                    return
-                continue
-            yield from self._residual(rule, place, region, keep)
-            if rule.sure and self._covers(rule, place, region):
+            if rule.priority < floor:
                 return
+            if place.then or not self._idle(rule.flow):
+                yield from self._residual(rule, place, region, keep)
+            if rule.sure and self._covers(rule, place, region):
+                floor = rule.priority  # another of the same priority may win as well
 
     def _idle(self, flow: Flow) -> bool:
         if self.layout is not None:
