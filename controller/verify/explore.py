@@ -315,11 +315,12 @@ class Explorer:
         if goto is not None:
             yield Place(goto, overlay, then), region
         else:
-            yield from self._back(overlay, then, region)
+            yield from self.back(overlay, then, region)
 
-    def _back(
+    def back(
         self, overlay: Overlay, then: tuple[Then, ...], region: Region
     ) -> Iterator[Sent | Learned | tuple[Place, Region]]:
+        """What becomes of packets that have done with a table, where a resubmit waits for them."""
         if then:
             *rest, last = then
             yield from self.perform(last.flow, last.actions, last.goto, Place(0, overlay, tuple(rest)), region)
@@ -333,7 +334,7 @@ class Explorer:
             for outcome in self.perform(rule.flow, rule.flow.actions, rule.flow.goto, place, matched):
                 yield rule, outcome
         if place.then:  # a miss comes back too; taken for possible always, which allows more
-            for outcome in self._back(place.overlay, place.then, region):
+            for outcome in self.back(place.overlay, place.then, region):
                 yield None, outcome
 
     # ------------------------------------------------------------------------------------------------------- merged

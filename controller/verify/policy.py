@@ -14,7 +14,7 @@ from controller import fields
 from controller.frame import LOCAL_NAME, Port
 from controller.model import Bridge, BridgeKind, DesiredState, Ipv4, Member, Network, Prefix, Vpn
 from controller.verify.rules import Ports
-from controller.verify.space import ALL, Cube, CubeSet, bits
+from controller.verify.space import ALL, Cube, CubeSet, bits, meet
 
 LOCAL = 0xFFFE
 NONE = CubeSet()
@@ -119,9 +119,26 @@ class Policy:
             may = Receives(self.ports.one(other), across, why="the other end of the mesh")
             self.receives[this] = (may,)
 
+    def allows(self, number: int, port: int, header: int) -> bool:
+        """Whether one packet from port `number` may leave by `port`, or by the one it came in by (`fields.IN_PORT`)."""
+        packet = header, -1
+        if port == fields.IN_PORT:
+            return meet(packet, ANY_ARP) is not None
+        senders = self.senders.get(number)
+        if senders is None or not _among(packet, senders.among) or _among(packet, senders.but):
+            return False
+        bit = self.ports.fold(self.ports.one(number))
+        return any(
+            bit & r.ports and _among(packet, r.among) and not _among(packet, r.but) for r in self.receives.get(port, ())
+        )
+
     def name(self, number: int) -> str:
         """What a port is called."""
         return self.names.get(number, f"port {number}")
+
+
+def _among(packet: Cube, cubes: CubeSet) -> bool:
+    return any(meet(packet, cube) is not None for cube in cubes)
 
 
 def _number(number: int) -> int:

@@ -18,10 +18,11 @@ from controller.model import Bridge, DesiredState
 from controller.problems import BulkheadError
 from controller.verify.cubes import Exhausted, empty, witness
 from controller.verify.explore import ANYWHERE, Explorer, Learned, Region, Sent, TooLarge
+from controller.verify.packetwords import words
 from controller.verify.policy import ANY_ARP, NONE, Policy, Senders, both
 from controller.verify.reached import Outdated, Reached
 from controller.verify.rules import ALIKE, OTHER, Ports, Rule, Rules
-from controller.verify.space import ALL, ENTERING, Cube, CubeSet, get, inside, meet
+from controller.verify.space import ALL, ENTERING, Cube, CubeSet, inside, meet
 
 PATH_STEPS = 20_000
 """So many steps are taken to find one counterexample,"""
@@ -313,32 +314,3 @@ class _Proof:
     def _could_learn(self, learned: Learned, number: int) -> Iterator[Flow]:
         senders = self.policy.senders.get(number) if learned.region.owned else None
         return self.explorer.could_install(learned, number, senders.among if senders is not None else (ALL,))
-
-
-def words(in_port: int, header: int) -> str:
-    """A packet in ovs-ofctl words, as `ofproto/trace` takes it."""
-    eth_type, proto = get(header, fields.ETH_TYPE), get(header, fields.IP_PROTO)
-    out = [f"in_port={'LOCAL' if in_port == 0xFFFE else in_port}"]
-    out += [f"dl_{n}={f.show(get(header, f))}" for n, f in (("src", fields.ETH_SRC), ("dst", fields.ETH_DST))]
-    if get(header, fields.VLAN_VID) & 0x1000:
-        out.append(f"vlan_tci={get(header, fields.VLAN_VID):#x}")
-    keyword = {6: "tcp", 17: "udp", 1: "icmp", 132: "sctp"}.get(proto) if eth_type == 0x0800 else None
-    if keyword:
-        out.insert(1, keyword)
-    elif eth_type == 0x0806:
-        out.insert(1, "arp")
-        out.append(f"arp_op={get(header, fields.ARP_OP)}")
-    else:
-        out.append(f"dl_type={eth_type:#06x}")
-        out += [f"nw_proto={proto}"] if eth_type in (0x0800, 0x86DD) else []
-    if eth_type in (0x0800, 0x0806):
-        for name, of in (("src", fields.IPV4_SRC), ("dst", fields.IPV4_DST)):
-            prefix = "nw" if eth_type == 0x0800 else "arp"
-            label = {"src": "spa", "dst": "tpa"}[name] if prefix == "arp" else name
-            out.append(f"{prefix}_{label}={of.show(get(header, of))}")
-    if fragment := get(header, fields.IP_FRAG) & 3:
-        out.append(f"nw_frag={'later' if fragment == 3 else 'first'}")
-    elif keyword:
-        names = ("icmp_type", "icmp_code") if keyword == "icmp" else ("tp_src", "tp_dst")
-        out += [f"{n}={get(header, f)}" for n, f in zip(names, (fields.TCP_SRC, fields.TCP_DST), strict=True)]
-    return ",".join(out)
