@@ -403,12 +403,19 @@ class Explorer:
 
     # -------------------------------------------------------------------------------------------------------- exact
 
-    def paths(self, start: Region, limit: int) -> Iterator[tuple[Sent, tuple[Rule | None, ...]]]:
-        """As `reach`, without merging, with the way. Raises `TooLarge` after `limit` steps."""
+    def paths(
+        self, start: Region, limit: int, budget: list[int] | None = None
+    ) -> Iterator[tuple[Sent, tuple[Rule | None, ...]]]:
+        """As `reach`, without merging, with the way.
+
+        Raises `TooLarge` after `limit` steps, or when a `budget`, which it uses up, comes to 0.
+        """
         stack: list[tuple[Place, Region, tuple[Rule | None, ...]]] = [(Place(0), start, ())]
         while stack:
             limit -= 1
-            if limit < 0:
+            if budget is not None:
+                budget[0] -= 1
+            if limit < 0 or (budget is not None and budget[0] < 0):
                 raise TooLarge("too many different ways to follow one by one")
             place, region, way = stack.pop()
             for rule, outcome in self.step(place, region, keep=None):
@@ -443,7 +450,9 @@ def _instance(learn: Learn, now: Cube, port: int) -> Flow:
         else:
             header = spec.target.header
             header = fields.IN_PORT_FIELD.header if header in space.IN_PORTS else header
-            if header == fields.IN_PORT_FIELD.header and known != ones:
+            if header == fields.IN_PORT_FIELD.header:
+                if known == ones:
+                    items[header] = (fields.LOCAL if value == 0xFFFE else value, fields.IN_PORT_FIELD.full)
                 continue
             old = items.get(header, (0, 0))
             start = spec.target.start

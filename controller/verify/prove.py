@@ -242,8 +242,8 @@ class _Proof:
             if empty(region.cube, [*region.minus, *among]):
                 left &= ~group
         if left:
-            bad = region.ports & ~self.ports.one(port)
-            yield from (n for n in self.ports.numbers(bad) if self.ports.fold(self._bit(n)) & left)
+            numbers = self.ports.numbers(region.ports)
+            yield from (n for n in numbers if n != port and self.ports.fold(self._bit(n)) & left)
 
     def _bit(self, number: int) -> int:
         return self.ports.one(number) if number >= 0 else OTHER
@@ -279,10 +279,7 @@ class _Proof:
             start = Region(bit, both(cube, ENTERING), beside)
             if beside and empty(cube, beside):
                 continue
-            budget[0] -= PATH_STEPS
-            if budget[0] < 0:
-                raise TooLarge("too many doubts to follow one by one")
-            for found, way in self.explorer.paths(start, PATH_STEPS):
+            for found, way in self.explorer.paths(start, PATH_STEPS, budget):
                 if found.port not in (port, ANYWHERE):
                     continue
                 header = witness(found.region.cube, found.region.minus)

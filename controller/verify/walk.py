@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from controller.flow import Flow
 from controller.verify.explore import ANYWHERE, DEPTH, Explorer, Learned, Place, Region, Sent
 from controller.verify.rules import OTHER, Ports, Rules
-from controller.verify.space import ENTERING, PLACES, Cube, meet
+from controller.verify.space import ENTERING, PLACES
 
 _WIDTH = max(at + width for at, width in PLACES.values())
 FULL = (1 << _WIDTH) - 1
@@ -77,24 +77,20 @@ class _Walk:
         if place.overlay.unknown:
             self.doubts["what a flow that was learned writes is not known"] = None
         depth = len(place.then)
-        matched = list(self.explorer.lookup(place, region, keep=None))
+        rules = self.explorer.rules.meeting(place.table, now, region.ports)
+        floor = next((rule.priority for rule in rules if rule.sure), -1)
+        # Two flows of one priority that do the same do not contradict each other: one stands for both.
+        matched = {rule.flow.effect: rule for rule in reversed(rules) if rule.priority >= floor}
         if not matched:
-            # What drops is not among the matches; it is shown all the same.
-            drops = self._dropping(place, now, region)
-            self.steps.append(Step(place.table, drops, depth, now[0]))
+            self.steps.append(Step(place.table, None, depth, now[0]))
             self._go_on(self.explorer.back(place.overlay, place.then, region))
-            return
         if len(matched) > 1:
-            self.doubts[f"several flows of table {place.table} may match"] = None
-        for rule, left in matched:
+            self.doubts[f"several flows of table {place.table} may match, and nobody knows which"] = None
+        for rule in matched.values():
             if not rule.sure:
                 self.doubts["a flow compares what is not known of the packet"] = None
             self.steps.append(Step(place.table, rule.flow, depth, now[0]))
-            self._go_on(self.explorer.perform(rule.flow, rule.flow.actions, rule.flow.goto, place, left))
-
-    def _dropping(self, place: Place, now: Cube, region: Region) -> Flow | None:
-        rules = self.explorer.rules.meeting(place.table, now, region.ports)
-        return rules[0].flow if rules else None
+            self._go_on(self.explorer.perform(rule.flow, rule.flow.actions, rule.flow.goto, place, region))
 
     def _go_on(self, outcomes: Iterator[Sent | Learned | tuple[Place, Region]]) -> None:
         for outcome in outcomes:
@@ -113,8 +109,3 @@ class _Walk:
                         self.doubts["it is resubmitted deeper than Open vSwitch goes"] = None
                     else:
                         self._look(to, left)
-
-
-def is_met(header: int, cube: Cube) -> bool:
-    """Whether one packet is in a cube."""
-    return meet((header, FULL), cube) is not None

@@ -43,7 +43,9 @@ def some_states() -> list[DesiredState]:
     found: list[DesiredState] = []
 
     @seed(11)
-    @settings(max_examples=_RANDOM_STATES, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=_RANDOM_STATES, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    )
     @given(states())
     def collect(state: DesiredState) -> None:
         found.append(state)

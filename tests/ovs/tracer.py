@@ -36,6 +36,10 @@ class Tracer(PrivateOvs):
                 calls += [f"ofport_request={number}"]
         self.vsctl(*calls)
         self.load(name, flows)
+        self.forget()
+
+    def forget(self) -> None:
+        """Ports have changed."""
         self._numbers.clear()
 
     def load(self, name: str, flows: Iterable[Flow | str]) -> None:
