@@ -23,6 +23,7 @@ from controller.control import ask
 from controller.eventread import Filter, follow, last_seq, read
 from controller.events import Kind, Record, encode
 from controller.eventverify import verify
+from controller.hostcli import verify as verify_host
 from controller.model import BridgeKind, DesiredState
 from controller.pipeline import table_name
 from controller.problems import BulkheadError, InvalidInput
@@ -53,6 +54,7 @@ def main() -> None:
 
 
 main.add_command(lab)
+main.add_command(verify_host)
 
 
 @main.command()

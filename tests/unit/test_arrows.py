@@ -32,6 +32,7 @@ RANKS = (
     ("shell",),
     ("terminal",),
     ("lab",),
+    ("hostcli",),
     ("cli",),
     ("__main__",),
 )
