@@ -26,6 +26,8 @@ from controller.verify.space import Cube, inside, meet
 
 DEPTH = 64
 """How deep Open vSwitch resubmits (`ovs-actions(7)`): what goes deeper is dropped there."""
+FEW_RULES = 24
+"""Among so many flows it is quicker to look at each than to ask the index again."""
 KEEP = 64
 """So many taken-away cubes outlive a merge; dropping one makes the region larger."""
 NODES = 400_000
@@ -54,8 +56,9 @@ class Overlay(NamedTuple):
 
     def write(self, value: int, mask: int) -> Overlay:
         """With constants written."""
-        clean = self._without(mask)
-        return clean._replace(value=clean.value | value & mask, mask=clean.mask | mask)
+        clean = self._without(mask) if self.copies else self
+        unknown = clean.unknown & ~mask
+        return Overlay(clean.value & ~mask | value & mask, clean.mask | mask, unknown, clean.copies)
 
     def blur(self, mask: int) -> Overlay:
         """With bits written that nobody knows."""
@@ -216,11 +219,13 @@ class Explorer:
         """
         known = place.overlay.known(region.cube)
         floor = -1
-        for rule in self.rules.meeting(place.table, known, region.ports):
+        rules = self.rules.meeting(place.table, known, region.ports)
+        few = rules if len(rules) <= FEW_RULES else None
+        for rule in rules:
             if rule.priority < floor:
                 return
             if place.then or not self._idle(rule.flow):
-                yield from self._residual(rule, place, region, keep)
+                yield from self._residual(rule, place, region, keep, few)
             if rule.sure and self._covers(rule, place, region):
                 floor = rule.priority  # another of the same priority may win as well
 
@@ -235,7 +240,10 @@ class Explorer:
         before = place.overlay.before(rule.cube)
         return before is not None and before[1] and inside(region.cube, before[0])
 
-    def _residual(self, rule: Rule, place: Place, region: Region, keep: int | None) -> Iterator[tuple[Rule, Region]]:
+    def _residual(
+        self, rule: Rule, place: Place, region: Region, keep: int | None, among: list[Rule] | None
+    ) -> Iterator[tuple[Rule, Region]]:
+        """What higher flows leave to `rule`; `among` are all that can be met, if they are few."""
         before = place.overlay.before(rule.cube)
         if before is None:
             return
@@ -245,10 +253,15 @@ class Explorer:
         ports = region.ports & rule.ports
         minus = [m for m in region.minus if meet(m, cube) is not None]
         partial: list[tuple[int, Cube]] = []
-        known = place.overlay.known(cube)
-        effect = rule.flow.effect
-        for higher in self.rules.meeting(place.table, known, ports, rule.flow.priority):
-            if not higher.sure or higher.flow.effect == effect:
+        if among is None:
+            among = self.rules.meeting(place.table, place.overlay.known(cube), ports, rule.flow.priority)
+        actions, goto = rule.flow.actions, rule.flow.goto
+        for higher in among:
+            if higher.flow.priority <= rule.flow.priority:
+                break
+            if not higher.sure or not higher.ports & ports:
+                continue
+            if higher.flow.goto == goto and higher.flow.actions == actions:
                 continue
             theirs = place.overlay.before(higher.cube)
             if theirs is None or not theirs[1] or meet(theirs[0], cube) is None:
@@ -472,7 +485,7 @@ def _merge(a: Region, b: Region) -> Region:
 def _propagate(cube: Cube, minus: list[Cube]) -> tuple[Cube, tuple[Cube, ...]]:
     """The same packets, with every taken-away cube that only one bit tells from the rest made part of the cube."""
     value, mask = cube
-    changed = True
+    changed = bool(minus)
     while changed:
         changed = False
         rest = []

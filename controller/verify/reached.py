@@ -285,7 +285,9 @@ class Reached:
                         case (Place() as to, Region() as left):
                             # Paths that were learned for different packets are not mixed up: there are as many as
                             # ports, and what each may carry is another thing.
-                            target = self._node(to._replace(tag=(rule and rule.tag) or node.place.tag))
+                            if tag := (rule and rule.tag) or node.place.tag:
+                                to = to._replace(tag=tag)
+                            target = self._node(to)
                             if target is None:
                                 continue
                             self._feed(node, rule, target)
