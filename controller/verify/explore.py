@@ -33,6 +33,7 @@ KEEP = 64
 NODES = 400_000
 """More places than this in one exploration are given up."""
 
+MOST_WORK = 40_000_000
 ANYWHERE = -1
 """As the port of a `Sent`: any port there is, because of NORMAL, FLOOD, ALL or an action that is not understood."""
 
@@ -204,6 +205,9 @@ class Explorer:
     rules: Rules
     owned: Owned = lambda region: False
     layout: Layout | None = None
+    work: int = 0
+    most_work: int = MOST_WORK
+    """Raised to, it is `TooLarge`: some 30 s. Reading our own flows takes about 100 for each."""
     _made: set[bytes] = field(default_factory=set)
     _steps: int = 0
 
@@ -255,6 +259,9 @@ class Explorer:
         partial: list[tuple[int, Cube]] = []
         if among is None:
             among = self.rules.meeting(place.table, place.overlay.known(cube), ports, rule.flow.priority)
+        self.work += 1 + len(among) + len(region.minus)
+        if self.work > self.most_work:
+            raise TooLarge("the flows overlap each other too much to be taken apart in time")
         actions, goto = rule.flow.actions, rule.flow.goto
         for higher in among:
             if higher.flow.priority <= rule.flow.priority:

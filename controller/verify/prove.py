@@ -28,6 +28,7 @@ PATH_STEPS = 20_000
 """So many steps are taken to find one counterexample,"""
 CONFIRM_STEPS = 400_000
 """and so many for all of them."""
+ENOUGH = 64
 NO_SENDERS = Senders(NONE)
 MOST = 5
 """So many findings are told; there is no end to them where everything is open."""
@@ -130,6 +131,10 @@ class _Suspect(NamedTuple):
     number: int
 
 
+class _Enough(Exception):
+    """So much is in doubt already that it should be looked at before going on."""
+
+
 class _Proof:
     def __init__(
         self, state: DesiredState, bridge: Bridge, there: Mapping[str, Port], flows: Mapping[FlowKey, Flow]
@@ -143,6 +148,7 @@ class _Proof:
         self.explorer = Explorer(self.rules, self._owned)
         self.reached = Reached(self.explorer, self._judge, self._could_learn)
         self.suspects: dict[_Suspect, None] = {}
+        self._enough: int | None = None
         self._entering = self.ports.all
 
     def is_worn(self) -> bool:
@@ -151,11 +157,20 @@ class _Proof:
 
     def findings(self) -> tuple[Finding, ...]:
         """Prove everything."""
-        out: list[Finding] = []
         try:
-            self._find_suspects()
+            try:
+                self._find_suspects(ENOUGH)
+            except _Enough:
+                # Flows that leave everything open are not followed to the end where a few examples will do.
+                if found := self._confirmed():
+                    return found
+                self._find_suspects()
         except (TooLarge, Exhausted) as exc:
-            return (Finding(self.bridge, f"isolation could not be proved: {exc}"),)
+            return self._confirmed() or (Finding(self.bridge, f"isolation could not be proved: {exc}"),)
+        return self._confirmed()
+
+    def _confirmed(self) -> tuple[Finding, ...]:
+        out: list[Finding] = []
         budget = [CONFIRM_STEPS]
         for suspect in self.suspects:
             try:
@@ -168,21 +183,24 @@ class _Proof:
                     break
         return tuple(out)
 
-    def _find_suspects(self) -> None:
+    def _find_suspects(self, enough: int | None = None) -> None:
+        self._enough = enough
         while True:
+            self.explorer.layout = None
+            self.suspects.clear()
+            self.reached = Reached(self.explorer, self._judge, self._could_learn)
             try:
                 self.reached.start(Region(self.ports.all | OTHER, ENTERING))
                 return
             except Outdated:  # by what could be learned: that is known now, so this ends
-                self.explorer.layout = None
-                self.suspects.clear()
-                self.reached = Reached(self.explorer, self._judge, self._could_learn)
+                continue
 
     def change(
         self, state: DesiredState, bridge: Bridge, there: Mapping[str, Port], flows: Mapping[FlowKey, Flow]
     ) -> None:
         """Prove what is different now. Raises `Outdated` where that cannot be told apart, `TooLarge`, `Exhausted`."""
         old, alike = self.policy, self.ports.alike
+        self.explorer.work = 0
         self.policy = Policy(state, bridge, there, self.ports, old)
         before, self.flows = self.flows, flows
         gone, new = [], []
@@ -215,6 +233,8 @@ class _Proof:
         for port in self._receivers(sent):
             for number in self._excess(port, sent):
                 self.suspects[_Suspect(port, number)] = None
+                if self._enough is not None and len(self.suspects) >= self._enough:
+                    raise _Enough
 
     def _receivers(self, sent: Sent) -> list[int]:
         if sent.port == ANYWHERE:
