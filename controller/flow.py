@@ -197,10 +197,26 @@ class LearnLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class LearnOutput:
+    """The learned flow outputs to the port that `source` holds now."""
+
+    source: Bits
+
+    def __str__(self) -> str:
+        return f"output:{self.source}"
+
+
+LearnSpec = LearnMatch | LearnLoad | LearnOutput
+
+SEND_FLOW_REM = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Learn:
     """Add or refresh a flow in `table` (Nicira learn2, with a limit: `ovs-actions(7)`).
 
-    Times are seconds; `limit` counts flows of that table and cookie. The switch tells us when such a flow ends.
+    Times are seconds; `limit` counts flows of that table and cookie, 0 is none. With `SEND_FLOW_REM` among the `flags`
+    the switch tells us when such a flow ends.
     """
 
     table: int
@@ -209,27 +225,106 @@ class Learn:
     idle_s: int
     hard_s: int
     limit: int
-    specs: tuple[LearnMatch | LearnLoad, ...]
+    specs: tuple[LearnSpec, ...]
+    flags: int = SEND_FLOW_REM
 
     def __str__(self) -> str:
-        head = (
-            f"table={self.table},idle_timeout={self.idle_s},hard_timeout={self.hard_s},priority={self.priority},"
-            f"send_flow_rem,cookie={self.cookie:#x},limit={self.limit}"
-        )
-        return f"learn({head},{','.join(map(str, self.specs))})"
+        head = f"table={self.table},idle_timeout={self.idle_s},hard_timeout={self.hard_s},priority={self.priority}"
+        if self.flags & SEND_FLOW_REM:
+            head += ",send_flow_rem"
+        head += f",cookie={self.cookie:#x}"
+        if self.limit:
+            head += f",limit={self.limit}"
+        return ",".join((f"learn({head}", *map(str, self.specs))) + ")"
+
+
+@dataclass(frozen=True, slots=True)
+class Ct:
+    """Look the packet's connection up, or commit it (Nicira ct: `ovs-actions(7)`).
+
+    With a `table` a copy of the packet goes on there and knows `ct_state`; what stands behind is done to the packet as
+    it was. `nat` is its text, empty for none; `actions` set ct_mark and ct_label of a committed connection.
+    """
+
+    zone: int | Bits = 0
+    table: int | None = None
+    commit: bool = False
+    force: bool = False
+    nat: str = ""
+    actions: tuple[Action, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [word for word, said in (("commit", self.commit), ("force", self.force)) if said]
+        if self.table is not None:
+            parts.append(f"table={self.table}")
+        if self.zone != 0:
+            parts.append(f"zone={self.zone}")
+        if self.nat:
+            parts.append(self.nat)
+        if self.actions:
+            parts.append(f"exec({','.join(map(str, self.actions))})")
+        return f"ct({','.join(parts)})"
+
+
+@dataclass(frozen=True, slots=True)
+class CtClear:
+    """Forget what is known of the packet's connection."""
+
+    def __str__(self) -> str:
+        return "ct_clear"
+
+
+@dataclass(frozen=True, slots=True)
+class PopVlan:
+    """Take the outer VLAN tag away."""
+
+    def __str__(self) -> str:
+        return "pop_vlan"
+
+
+@dataclass(frozen=True, slots=True)
+class DecTtl:
+    """One hop less to live; a packet that has none left drops."""
+
+    def __str__(self) -> str:
+        return "dec_ttl"
+
+
+@dataclass(frozen=True, slots=True)
+class Clone:
+    """Do this to a copy of the packet, and go on with the packet as it was."""
+
+    actions: tuple[Action, ...]
+
+    def __str__(self) -> str:
+        return f"clone({','.join(map(str, self.actions))})"
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """What does nothing to a packet nor to where it goes: a note, a queue, a meter (which may drop it)."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """An action of somebody else's flow that we do not decode; kept so that the flow can be compared and shown."""
+    """An action of somebody else's flow that we do not decode; kept so that the flow can be compared and shown.
 
-    data: bytes
+    `data` is as on the wire, or `text` as ovs-ofctl writes it.
+    """
+
+    data: bytes = b""
+    text: str = ""
 
     def __str__(self) -> str:
-        return f"raw({self.data.hex()})"
+        return self.text or f"raw({self.data.hex()})"
 
 
-Action = Output | SetField | Move | Load | Resubmit | Learn | Raw
+Action = Output | SetField | Move | Load | Resubmit | Learn | Ct | CtClear | PopVlan | DecTtl | Clone | Aside | Raw
 
 FlowKey = bytes
 """Table, priority and match packed together: what identifies a flow in a switch. Bytes keep their hash, tuples do not."""
@@ -240,9 +335,6 @@ def _item_key(item: MatchItem) -> bytes:
     header, value, mask = item
     size = (max(value, mask).bit_length() + 7) // 8
     return header.to_bytes(4, "big") + bytes([size]) + value.to_bytes(size, "big") + mask.to_bytes(size, "big")
-
-
-SEND_FLOW_REM = 1
 
 
 @dataclass(frozen=True, slots=True)
