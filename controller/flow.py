@@ -5,7 +5,7 @@ The wire form is `controller.codec`'s affair, os-ken's objects are the shell's. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -325,6 +325,15 @@ class Raw:
 
 
 Action = Output | SetField | Move | Load | Resubmit | Learn | Ct | CtClear | PopVlan | DecTtl | Clone | Aside | Raw
+
+
+def every(actions: Iterable[Action]) -> Iterator[Action]:
+    """The actions, and those that are done to copies."""
+    for action in actions:
+        yield action
+        if isinstance(action, Clone):
+            yield from every(action.actions)
+
 
 FlowKey = bytes
 """Table, priority and match packed together: what identifies a flow in a switch. Bytes keep their hash, tuples do not."""

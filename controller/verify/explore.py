@@ -17,7 +17,26 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from controller import fields
-from controller.flow import Action, Bits, Flow, Learn, LearnLoad, Load, Match, Move, Output, Raw, Resubmit, SetField
+from controller.flow import (
+    Action,
+    Bits,
+    Clone,
+    Ct,
+    CtClear,
+    DecTtl,
+    Flow,
+    Learn,
+    LearnLoad,
+    LearnOutput,
+    Load,
+    Match,
+    Move,
+    Output,
+    PopVlan,
+    Raw,
+    Resubmit,
+    SetField,
+)
 from controller.problems import BulkheadError
 from controller.verify import space
 from controller.verify.cubes import empty
@@ -90,7 +109,22 @@ class Overlay(NamedTuple):
                 return self._load(target, value)
             case Move(source, target):
                 return self._move(source, target)
+            case CtClear():
+                return self.write(0, _TRACKED)
+            case PopVlan():
+                return self.blur(_VLAN)  # a tag may stand behind it
+            case DecTtl():
+                return self.blur(_mask(fields.IP_TTL))
         return None
+
+    def tracked(self, ct: Ct, state: int) -> Overlay:
+        """What a packet is like that connection tracking says `state` of."""
+        out = self.write(*space.bits(fields.CT_STATE, state)).blur(_mask(fields.CT_MARK))
+        if isinstance(ct.zone, int):
+            out = out.write(*space.bits(fields.CT_ZONE, ct.zone))
+        else:
+            out = out.blur(_mask(fields.CT_ZONE))
+        return out.blur(_TRANSLATED) if ct.nat else out
 
     def _load(self, target: Bits, value: int) -> Overlay:
         where = space.place(target.header)
@@ -144,6 +178,26 @@ class Overlay(NamedTuple):
             return out, exact
         return (value & mask, mask), exact
 
+
+def _mask(*these: fields.Field) -> int:
+    out = 0
+    for field_ in these:
+        out |= space.bits(field_, 0)[1]
+    return out
+
+
+_TRACKED = _mask(fields.CT_STATE, fields.CT_ZONE, fields.CT_MARK)
+_VLAN = _mask(fields.VLAN_VID, fields.VLAN_PCP)
+_TRANSLATED = _mask(
+    *(fields.IPV4_SRC, fields.IPV4_DST, fields.TCP_SRC, fields.TCP_DST, fields.IPV6_SRC, fields.IPV6_DST)
+)
+
+NEW, EST, REL, RPL, INV, TRK, SNAT, DNAT = (1 << bit for bit in range(8))
+"""Bits of ct_state (`ovs-fields(7)`)."""
+CT_STATES = tuple(
+    TRK | state for state in (NEW, EST, EST | RPL, REL | NEW, REL | NEW | RPL, REL | EST, REL | EST | RPL, INV, 0)
+)
+"""All that connection tracking can say of a packet, but for address translation."""
 
 NOTHING_WRITTEN = Overlay()
 
@@ -208,6 +262,8 @@ class Explorer:
     work: int = 0
     most_work: int = MOST_WORK
     """Raised to, it is `TooLarge`: some 30 s. Reading our own flows takes about 100 for each."""
+    states: Callable[[], Iterable[int]] = lambda: CT_STATES
+    """What connection tracking may say of a packet."""
     _made: set[bytes] = field(default_factory=set)
     _steps: int = 0
 
@@ -317,10 +373,17 @@ class Explorer:
                     yield Sent(region, ANYWHERE, flow, overlay)
                 case Output(port):
                     yield Sent(region, 0xFFFE if port == fields.LOCAL else port, flow, overlay)
-                case SetField() | Load() | Move():
+                case SetField() | Load() | Move() | CtClear() | PopVlan() | DecTtl():
                     overlay = overlay.after(action) or overlay
                 case Learn():
                     yield Learned(region, action, overlay)
+                case Ct(table=int(table)):
+                    # A copy goes on by itself: it knows no more of what resubmitted it.
+                    for state in self.states():
+                        for translated in (0, SNAT, DNAT, SNAT | DNAT) if action.nat else (0,):
+                            yield Place(table, overlay.tracked(action, state | translated)), region
+                case Clone(copied):
+                    yield from self.perform(flow, copied, None, Place(place.table, overlay), region)
                 case Resubmit(table):
                     if len(then) < DEPTH:
                         rest = Then(actions[index + 1 :], goto, flow)
@@ -456,7 +519,8 @@ def _instance(learn: Learn, now: Cube, port: int) -> Flow:
     loads: list[Action] = []
     for spec in learn.specs:
         source = spec.source
-        ones = (1 << spec.target.width) - 1
+        width = spec.source.width if isinstance(spec, LearnOutput) else spec.target.width
+        ones = (1 << width) - 1
         if isinstance(source, int):
             value, known = source, ones
         elif source.header in space.IN_PORTS:
@@ -465,7 +529,9 @@ def _instance(learn: Learn, now: Cube, port: int) -> Flow:
             value, known = now[0] >> where[0] + source.start & ones, now[1] >> where[0] + source.start & ones
         else:
             value, known = 0, 0
-        if isinstance(spec, LearnLoad):
+        if isinstance(spec, LearnOutput):
+            loads.append(Output(value) if known == ones else Raw(text=str(spec)))
+        elif isinstance(spec, LearnLoad):
             loads.append(Load(value, spec.target) if known == ones else Move(_NOBODY_KNOWS, spec.target))
         else:
             header = spec.target.header

@@ -11,7 +11,24 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from controller import fields
-from controller.flow import Flow, Learn, LearnMatch, Load, Move, Output, Resubmit, SetField
+from controller.flow import (
+    Action,
+    Aside,
+    Clone,
+    Ct,
+    CtClear,
+    DecTtl,
+    Flow,
+    Learn,
+    LearnMatch,
+    Load,
+    Move,
+    Output,
+    PopVlan,
+    Resubmit,
+    SetField,
+    every,
+)
 from controller.verify.space import IN_PORTS, Cube, of_match
 
 ANY_PORT = -1
@@ -136,7 +153,7 @@ class _Table:
     named: dict[int, Counter[int]] = field(default_factory=dict)
 
     def count(self, rule: Rule, by: int) -> None:
-        self.resubmits.update({a.table: by for a in rule.flow.actions if isinstance(a, Resubmit)})
+        self.resubmits.update({a.table: by for a in every(rule.flow.actions) if isinstance(a, Resubmit)})
         for target in _leads(rule.flow):
             self.leads[target] += by
             if rule.ports != ANY_PORT:
@@ -173,7 +190,7 @@ class Rules:
 
     def _learned_ports(self, flow: Flow) -> Iterator[tuple[int, int]]:
         """(table, ports) that flows which this one makes the switch learn compare with the ingress port."""
-        for action in flow.actions:
+        for action in every(flow.actions):
             if isinstance(action, Learn):
                 for spec in action.specs:
                     if isinstance(spec, LearnMatch) and spec.target.header in IN_PORTS:
@@ -245,16 +262,22 @@ class Layout:
 def _leads(flow: Flow) -> set[int]:
     """The tables that a flow sends packets on to, and `_HERE` if it does more than that and writing fields."""
     out = set() if flow.goto is None else {flow.goto}
-    for action in flow.actions:
-        match action:
-            case Output(fields.CONTROLLER):
-                pass
-            case Resubmit(table):
-                out |= {table, _HERE}
-            case SetField(header, _) if header not in IN_PORTS:
-                pass
-            case Load() | Move() if action.target.header not in IN_PORTS:
-                pass
-            case _:
-                out.add(_HERE)
+    out.update(*map(_leads_by, flow.actions))
     return out or {_NOWHERE}
+
+
+def _leads_by(action: Action) -> set[int]:
+    match action:
+        case Output(fields.CONTROLLER) | CtClear() | PopVlan() | DecTtl() | Aside():
+            return set()
+        case SetField(header, _) if header not in IN_PORTS:
+            return set()
+        case Load() | Move() if action.target.header not in IN_PORTS:
+            return set()
+        case Resubmit(table):
+            return {table, _HERE}
+        case Ct(table=table):
+            return set() if table is None else {table}
+        case Clone(actions):
+            return set().union(*map(_leads_by, actions))
+    return {_HERE}
