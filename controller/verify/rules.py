@@ -152,6 +152,11 @@ class _Table:
     resubmits: Counter[int] = field(default_factory=Counter)
     named: dict[int, Counter[int]] = field(default_factory=dict)
 
+    def all(self) -> Iterator[Rule]:
+        """Every rule."""
+        for shape in self.shapes.values():
+            yield from shape.rules
+
     def count(self, rule: Rule, by: int) -> None:
         self.resubmits.update({a.table: by for a in every(rule.flow.actions) if isinstance(a, Resubmit)})
         for target in _leads(rule.flow):
@@ -187,6 +192,16 @@ class Rules:
         table.shapes[rule.cube[1], rule.ports != ANY_PORT].remove(rule)
         table.count(rule, -1)
         self._learning.subtract(self._learned_ports(rule.flow))
+
+    @property
+    def learns(self) -> bool:
+        """Whether any flow makes the switch learn."""
+        return any(
+            isinstance(a, Learn)
+            for table in self._tables.values()
+            for rule in table.all()
+            for a in every(rule.flow.actions)
+        )
 
     def _learned_ports(self, flow: Flow) -> Iterator[tuple[int, int]]:
         """(table, ports) that flows which this one makes the switch learn compare with the ingress port."""

@@ -6,10 +6,10 @@ The same flows and the same reading of them as the proof's, on a set of one pack
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from controller.flow import Flow
-from controller.verify.explore import ANYWHERE, DEPTH, Explorer, Learned, Place, Region, Sent
+from controller.verify.explore import ANYWHERE, DEPTH, NEW, TRK, Explorer, Learned, Place, Region, Sent
 from controller.verify.rules import OTHER, Ports, Rules
 from controller.verify.space import ENTERING, PLACES
 
@@ -50,9 +50,14 @@ class Walker:
         self.ports = Ports()
         self.explorer = Explorer(Rules(flows, self.ports))
 
-    def follow(self, in_port: int, header: int) -> Way:
-        """The way of a packet from port `in_port`; `header` is laid out as in `space`."""
-        return _Walk(self.explorer, self.ports.one(in_port) if in_port >= 0 else OTHER, in_port, header).result()
+    def follow(self, in_port: int, header: int, tracked: Iterator[int] | None = None) -> Way:
+        """The way of a packet from port `in_port`; `header` is laid out as in `space`.
+
+        `tracked` gives what connection tracking answers, in turn; then it is always a new connection.
+        """
+        answers = iter(()) if tracked is None else tracked
+        explorer = replace(self.explorer, states=lambda: (next(answers, TRK | NEW),))
+        return _Walk(explorer, self.ports.one(in_port) if in_port >= 0 else OTHER, in_port, header).result()
 
 
 class _Walk:
