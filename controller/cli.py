@@ -27,6 +27,7 @@ from controller.hostcli import verify as verify_host
 from controller.model import BridgeKind, DesiredState
 from controller.pipeline import table_name
 from controller.problems import BulkheadError, InvalidInput
+from controller.proofcli import COMMANDS as PROOF_COMMANDS
 from controller.statefile import load
 from controller.terminal import (
     NO,
@@ -55,6 +56,8 @@ def main() -> None:
 
 main.add_command(lab)
 main.add_command(verify_host)
+for command in PROOF_COMMANDS:
+    main.add_command(command)
 
 
 @main.command()

@@ -18,7 +18,7 @@ from controller.compile import BridgeCompiler, Compiled, Conflict, Names, sealed
 from controller.events import JSON, Kind
 from controller.frame import Port
 from controller.model import Bridge, BridgeKind, DesiredState
-from controller.pipeline import Violation
+from controller.pipeline import REFUSED
 from controller.reconcile import Applied, Phase, Reconciler
 from controller.signals import (
     AddFlow,
@@ -54,8 +54,6 @@ from controller.wording import Wording
 CONTESTED_S = 3.0
 """A switch whose name is declared but seems to be another's is left as it is so long: OVSDB may lag behind it, as when
 a bridge's datapath-id changes with its ports, and its flows are not to be lost to that."""
-REFUSED_KINDS = {Violation.CROSSING, Violation.NO_EGRESS}
-"""Violations that are answered where the network says so: the sender is known to be who it claims."""
 
 Effects = list[Effect]
 
@@ -414,7 +412,7 @@ class Core:
             return []
         port, kind, quieter = found
         out: Effects = []
-        if kind in REFUSED_KINDS:
+        if kind in REFUSED:
             out += self._refuse(switch, port, seen.packet)
         if quieter is not None:
             out.append(AddFlow(seen.dpid, quieter))

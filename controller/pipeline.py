@@ -71,6 +71,10 @@ _VIOLATION_WORDS = {
 }
 
 
+REFUSED = frozenset((Violation.CROSSING, Violation.NO_EGRESS))
+"""Violations that are answered where the network says so: the sender is known to be who it claims."""
+
+
 class Band(IntEnum):
     """Named priorities. A table uses the bands it needs; the higher wins."""
 

@@ -9,21 +9,23 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import track
 from rich.table import Table as Grid
 
 from controller.compile import Conflict
 from controller.problems import BulkheadError, InvalidInput, Problem, Severity
 from controller.verify.prove import Unsafe
 
+T = TypeVar("T")
 NO, UNKNOWN = 1, 2
 RUN_DIR = Path("/run/bulkhead")
 EVENTS_DIR = Path("/var/lib/bulkhead/events")
@@ -101,6 +103,14 @@ def print_problems(problems: tuple[Problem, ...]) -> None:
         console.print(f"[bold {colour}]{problem.severity}[/] [bold]{escape(problem.path)}[/] [dim]({problem.code})[/]")
         console.print(f"    found    {escape(problem.found)}", f"    expected {escape(problem.expected)}", sep="\n")
         console.print(f"    {escape(problem.fix)}")
+
+
+def progress(items: Iterable[T], count: int, what: str) -> Iterator[T]:
+    """Pass items on, with a bar on standard error where that is a terminal and there are many."""
+    if count < 50 or not sys.stderr.isatty():
+        yield from items
+        return
+    yield from track(items, description=what, total=count, console=Console(stderr=True), transient=True)
 
 
 def columns(*names: str) -> Grid:

@@ -377,11 +377,10 @@ class Explorer:
                     overlay = overlay.after(action) or overlay
                 case Learn():
                     yield Learned(region, action, overlay)
-                case Ct(table=int(table)):
-                    # A copy goes on by itself: it knows no more of what resubmitted it.
-                    for state in self.states():
-                        for translated in (0, SNAT, DNAT, SNAT | DNAT) if action.nat else (0,):
-                            yield Place(table, overlay.tracked(action, state | translated)), region
+                case Ct(table=table):
+                    if table is not None:
+                        yield from self._tracked(action, table, overlay, region)
+                    overlay = overlay.write(0, _TRACKED)
                 case Clone(copied):
                     yield from self.perform(flow, copied, None, Place(place.table, overlay), region)
                 case Resubmit(table):
@@ -399,6 +398,12 @@ class Explorer:
             yield Place(goto, overlay, then), region
         else:
             yield from self.back(overlay, then, region)
+
+    def _tracked(self, ct: Ct, table: int, overlay: Overlay, region: Region) -> Iterator[tuple[Place, Region]]:
+        """A copy goes on by itself, and does not come back to what had resubmitted the packet."""
+        for state in self.states():
+            for translated in (0, SNAT, DNAT, SNAT | DNAT) if ct.nat else (0,):
+                yield Place(table, overlay.tracked(ct, state | translated)), region
 
     def back(
         self, overlay: Overlay, then: tuple[Then, ...], region: Region

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from controller import fields
 from controller.fields import Field
+from controller.model import Ipv4, Mac
 from controller.problems import BulkheadError
 from controller.verify.space import PLACES, bits, get
 
@@ -69,6 +70,7 @@ _NAMES: dict[str, Field] = {
     **{f"{name}_src": fields.TCP_SRC for name in ("tp", "tcp", "udp", "sctp")},
     **{f"{name}_dst": fields.TCP_DST for name in ("tp", "tcp", "udp", "sctp")},
 }
+_TCP_FLAGS = {name: 1 << bit for bit, name in enumerate(("fin", "syn", "rst", "psh", "ack", "urg", "ece", "cwr", "ns"))}
 _FRAGMENTS = {"no": 0, "yes": 1, "first": 1, "later": 3, "not_later": 0}
 _NEEDS: dict[str, tuple[str, frozenset[int], frozenset[int] | None]] = {
     **{n: ("ip", frozenset((IP,)), None) for n in ("nw_src", "nw_dst", "ip_src", "ip_dst")},
@@ -92,10 +94,11 @@ class BadPacket(BulkheadError):
     """A packet's words do not say one packet."""
 
 
-def parse(text: str) -> tuple[str | None, dict[str, int], int]:
-    """(in_port as written, or None, what was given by our field names, header) of a packet in words.
+def parse(text: str, *, lenient: bool = False) -> tuple[str | None, dict[str, int], int]:
+    """(in_port as written, or None, what was given by its names, header) of a packet in words.
 
-    What is not said is 0. Raises `BadPacket`.
+    What is not said is 0. With `lenient` fields that the proof does not know are passed over, as those of a capture.
+    Raises `BadPacket`.
     """
     in_port, keyword = None, None
     given: dict[str, tuple[Field, int]] = {}
@@ -113,7 +116,7 @@ def parse(text: str) -> tuple[str | None, dict[str, int], int]:
             given[name] = _NAMES[name], _value(name, _NAMES[name], value)
         elif name in _NAMES:
             raise BadPacket(f"{name}: has no value; write {name}=VALUE")
-        else:
+        elif not lenient:
             close = difflib.get_close_matches(name, [*_NAMES, *KEYWORDS], n=1)
             hint = f"did you mean {close[0]}?" if close else "see ovs-fields(7) for what a packet has"
             raise BadPacket(f"{name[:40]}: not a field of a packet; {hint}")
@@ -140,10 +143,46 @@ def _header(keyword: str | None, given: dict[str, tuple[Field, int]]) -> int:
     return header
 
 
+def complete(text: str, mac: Mac | None, address: Ipv4 | None) -> int:
+    """A packet in words as whoever has these addresses would send it: what it does not say of them is filled in."""
+    _, given, _ = parse(text)
+    words_ = [word for word in re.split(r"[\s,]+", text.strip()) if word]
+    kinds = {word for word in words_ if word in KEYWORDS}
+    ethertype = next((given[name] for name in ("dl_type", "eth_type") if name in given), None)
+    if kinds:
+        ethertype = KEYWORDS[next(iter(kinds))][0]
+    if mac is not None and not given.keys() & {"dl_src", "eth_src"}:
+        words_.append(f"dl_src={mac}")
+    if ethertype == IP and address is not None and not given.keys() & {"nw_src", "ip_src"}:
+        words_.append(f"nw_src={address}")
+    if ethertype in (IP, IPV6) and "nw_ttl" not in given:
+        words_.append("nw_ttl=64")
+    if ethertype == ARP:
+        words_ += [] if "arp_op" in given else ["arp_op=1"]
+        words_ += [f"arp_sha={mac}"] if mac is not None and "arp_sha" not in given else []
+        words_ += [f"arp_spa={address}"] if address is not None and "arp_spa" not in given else []
+    return parse(",".join(words_))[2]
+
+
+CT_WORDS = {name: 1 << bit for bit, name in enumerate(("new", "est", "rel", "rpl", "inv", "trk", "snat", "dnat"))}
+
+
+def state_bits(text: str) -> int:
+    """ct_state of `trk,est` or `trk|est` (`ovs-vswitchd(8)`, --ct-next). Raises `BadPacket`."""
+    out = 0
+    for word in re.split(r"[,|]", text):
+        if word not in CT_WORDS:
+            raise BadPacket(f"{word[:40]!r}: not a connection state; expected {', '.join(CT_WORDS)}, joined by commas")
+        out |= CT_WORDS[word]
+    return out
+
+
 def _value(name: str, field: Field, text: str) -> int:
     try:
         if name == "nw_frag":
             return _FRAGMENTS[text]
+        if name == "tcp_flags" and (words_ := re.split(r"[|+]", text.strip("+"))) and words_[0] in _TCP_FLAGS:
+            return sum(_TCP_FLAGS[word] for word in set(words_))
         if field.bits == 48:
             if not re.fullmatch(r"[0-9A-Fa-f]{1,2}(:[0-9A-Fa-f]{1,2}){5}", text):
                 raise ValueError

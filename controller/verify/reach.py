@@ -160,7 +160,7 @@ def kinds_of(arrivals: Iterable[Arrival], offered: Mapping[tuple[str, int], str]
             named = _named(cube)
             if named is not None:
                 ports.setdefault(named, f"{named[0]}/{named[1]}")
-    single = [Kind(label, _cube(*key)) for key, label in sorted(ports.items(), key=lambda item: item[0])]
+    single = [kind_of(*key, label) for key, label in sorted(ports.items(), key=lambda item: item[0])]
     out = list(single)
     for protocol, (number, _, _) in PROTOCOLS.items():
         but = tuple(kind.cube for kind, key in zip(single, sorted(ports), strict=True) if key[0] == protocol)
@@ -183,6 +183,9 @@ def _protocol(number: int) -> Cube:
     return both(_IPV4, bits(fields.IP_PROTO, number))
 
 
-def _cube(protocol: str, port: int) -> Cube:
+def kind_of(protocol: str, port: int, label: str = "") -> Kind:
+    """Packets of a protocol for one port, or of ICMP."""
+    if protocol == "icmp":
+        return Kind(label or protocol, _protocol(1))
     number, _, target = PROTOCOLS[protocol]
-    return both(_protocol(number), bits(target, port))
+    return Kind(label or f"{protocol}/{port}", both(_protocol(number), bits(target, port)))

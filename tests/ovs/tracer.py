@@ -5,17 +5,14 @@ Its datapath and ports are dummies, so no kernel module is needed and a thousand
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ovs.unixctl.client import UnixctlClient  # type: ignore[import-untyped]
 
 from controller.flow import Flow
+from controller.ovsctl import Traced, datapath_ports, parse_trace
 from lab.ovs import PrivateOvs
-
-_PORT = re.compile(r"^\s+(\S+) (\d+)/(none|\d+):", re.M)
-_LOCAL = 0xFFFE
 
 
 class Tracer(PrivateOvs):
@@ -24,7 +21,7 @@ class Tracer(PrivateOvs):
     def __init__(self, directory: Path | None = None) -> None:
         super().__init__(directory, datapath="dummy")
         self._client: UnixctlClient | None = None
-        self._numbers: dict[str, dict[int, tuple[str, int]]] = {}
+        self._ports: dict[int, tuple[str, int]] = {}
 
     def bridge(self, name: str, ports: Mapping[str, int], flows: Iterable[Flow | str] = ()) -> None:
         """A bridge with ports of these numbers (LOCAL is there anyhow), in place of one of that name."""
@@ -40,7 +37,7 @@ class Tracer(PrivateOvs):
 
     def forget(self) -> None:
         """Ports have changed."""
-        self._numbers.clear()
+        self._ports.clear()
 
     def load(self, name: str, flows: Iterable[Flow | str]) -> None:
         """Have these flows and no other."""
@@ -60,49 +57,17 @@ class Tracer(PrivateOvs):
         """What `ofproto/trace` prints for a packet in ovs-ofctl's words."""
         return self.ask("ofproto/trace", bridge, packet, *options)
 
+    def traced(self, bridge: str, packet: str, *options: str) -> Traced:
+        """What `ofproto/trace` says, taken apart."""
+        if not self._ports:
+            self._ports = datapath_ports(self.ask("dpif/show"))
+        return parse_trace(self.trace(bridge, packet, *options), self._ports)
+
     def outputs(self, bridge: str, packet: str, *options: str) -> frozenset[tuple[str, int]]:
         """Where the packet leaves: (bridge, port number); not counting the controller."""
-        answer = self.trace(bridge, packet, *options)
-        found = re.search(r"^Datapath actions: (.*)$", answer, re.M)
-        assert found is not None, answer
-        return frozenset(self._port(number) for number in _top_level_numbers(found[1]))
-
-    def _port(self, datapath_port: int) -> tuple[str, int]:
-        if not self._numbers:
-            bridge = ""
-            ports: dict[int, tuple[str, int]] = {}
-            for line in self.ask("dpif/show").splitlines():
-                if (port := _PORT.match(line)) is not None:
-                    if port[3] != "none":
-                        ports[int(port[3])] = (bridge, int(port[2]))
-                elif line.startswith("  ") and line.rstrip().endswith(":"):
-                    bridge = line.strip().rstrip(":")
-            self._numbers = {"": ports}
-        return self._numbers[""][datapath_port]
+        return self.traced(bridge, packet, *options).sent
 
     def close(self) -> None:
         if self._client is not None:
             self._client.close()
         super().close()
-
-
-def _top_level_numbers(actions: str) -> list[int]:
-    """Plain outputs among datapath actions: numbers that stand in no parentheses, and those in clone(…)."""
-    actions = re.sub(r"\bclone\(", "(", actions)
-    depth, word, out = 0, "", []
-    inner = [True]
-    for char in actions + ",":
-        if char == "(":
-            inner.append(not word and inner[-1])
-            depth += 1
-            word = ""
-        elif char in ",)":
-            if inner[-1] and word.isdecimal():
-                out.append(int(word))
-            word = ""
-            if char == ")":
-                inner.pop()
-                word = "x"
-        else:
-            word += char
-    return out
