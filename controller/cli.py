@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from controller import eventview
+from controller.checkcli import check
 from controller.compile import BridgeCompiler, Compiled, Names, planned_ports
 from controller.control import ask
 from controller.eventread import Filter, follow, last_seq, read
@@ -26,7 +27,7 @@ from controller.eventverify import verify
 from controller.hostcli import verify as verify_host
 from controller.model import BridgeKind, DesiredState
 from controller.pipeline import table_name
-from controller.problems import BulkheadError, InvalidInput
+from controller.problems import BulkheadError
 from controller.proofcli import COMMANDS as PROOF_COMMANDS
 from controller.statefile import load
 from controller.terminal import (
@@ -38,11 +39,9 @@ from controller.terminal import (
     json_option,
     print_grid,
     print_json,
-    print_problems,
     run_dir_option,
     say,
 )
-from controller.verify.gate import try_proof
 from lab.cli import lab
 
 OVSDB = "unix:/var/run/openvswitch/db.sock"
@@ -56,30 +55,8 @@ def main() -> None:
 
 main.add_command(lab)
 main.add_command(verify_host)
-for command in PROOF_COMMANDS:
+for command in (check, *PROOF_COMMANDS):
     main.add_command(command)
-
-
-@main.command()
-@file_argument
-@json_option
-@guarded
-def check(file: Path, as_json: bool) -> None:
-    """Say everything that is wrong with a state FILE; exit 1 if it cannot be used."""
-    try:
-        loaded = load(file)
-        try_proof(loaded.state)
-    except InvalidInput as exc:
-        if not as_json:
-            raise
-        print_json({"valid": False, "problems": [p.as_dict() for p in exc.problems]})
-        sys.exit(NO)
-    if as_json:
-        print_json({"valid": True, "state": loaded.state.digest, "problems": [p.as_dict() for p in loaded.problems]})
-        return
-    print_problems(loaded.problems)
-    networks = ", ".join(f"{n.name} ({len(n.members)} members)" for n in loaded.state.networks)
-    click.echo(f"{file} is valid: {networks}; {len(loaded.problems)} warning(s); state {loaded.state.digest}")
 
 
 @main.command("compile")

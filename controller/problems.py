@@ -22,7 +22,8 @@ class Problem:
     """One thing wrong with an input.
 
     `code` is stable and meant for programs (`duplicate-id`); `path` is where (`lxc.containers[1].veth`); `found`
-    is what stood there, `expected` what should have, and `fix` what to do about it.
+    is what stood there, `expected` what should have, and `fix` what to do about it. `example` is a packet that shows it,
+    where one does.
     """
 
     severity: Severity
@@ -31,6 +32,7 @@ class Problem:
     found: str
     expected: str
     fix: str
+    example: str = ""
 
     def __str__(self) -> str:
         return f"{self.severity}: {self.path}: {self.found}; expected {self.expected}. {self.fix} [{self.code}]"

@@ -103,6 +103,8 @@ def print_problems(problems: tuple[Problem, ...]) -> None:
         console.print(f"[bold {colour}]{problem.severity}[/] [bold]{escape(problem.path)}[/] [dim]({problem.code})[/]")
         console.print(f"    found    {escape(problem.found)}", f"    expected {escape(problem.expected)}", sep="\n")
         console.print(f"    {escape(problem.fix)}")
+        if problem.example:
+            console.print(f"    example  {escape(problem.example)}")
 
 
 def progress(items: Iterable[T], count: int, what: str) -> Iterator[T]:

@@ -7,7 +7,7 @@ answers with a concrete packet. It fails closed: what cannot be decided is a fin
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from controller import fields
@@ -22,7 +22,7 @@ from controller.verify.packetwords import words
 from controller.verify.policy import ANY_ARP, NONE, Policy, Senders, both
 from controller.verify.reached import Outdated, Reached
 from controller.verify.rules import ALIKE, OTHER, Ports, Rule, Rules
-from controller.verify.space import ALL, ENTERING, Cube, CubeSet, inside, meet
+from controller.verify.space import ALL, ENTERING, Cube, CubeSet, bits, inside, meet
 
 PATH_STEPS = 20_000
 """So many steps are taken to find one counterexample,"""
@@ -89,9 +89,11 @@ class Unsafe(BulkheadError):
         return [finding.as_data() for finding in self.findings]
 
 
-def prove(state: DesiredState, bridge: Bridge, ports: Mapping[str, Port], flows: Iterable[Flow]) -> tuple[Finding, ...]:
-    """What is wrong with `flows` on `bridge`: nothing, if they do no more than `state` allows. At most `MOST` findings."""
-    return Prover().prove(state, bridge, ports, {flow.key: flow for flow in flows})
+def prove(
+    state: DesiredState, bridge: Bridge, ports: Mapping[str, Port], flows: Iterable[Flow], *, most: int = MOST
+) -> tuple[Finding, ...]:
+    """What is wrong with `flows` on `bridge`: nothing, if they do no more than `state` allows. At most `most` findings."""
+    return _Proof(state, bridge, ports, {flow.key: flow for flow in flows}, most).findings()
 
 
 class Prover:
@@ -124,6 +126,18 @@ class Prover:
         return self._proof is not None and self._proof.reached.could_learn(flow)
 
 
+_TOLD_APART = both(
+    *(bits(of, 0) for of in (fields.ETH_TYPE, fields.VLAN_VID, fields.IPV4_SRC, fields.IPV4_DST, fields.IP_PROTO)),
+    *(bits(of, 0) for of in (fields.TCP_SRC, fields.TCP_DST)),
+)[1]
+"""What a policy compares. It judges a packet as it came in, so no flow may write over this before the packet leaves."""
+
+
+def _rewrites(sent: Sent) -> bool:
+    overlay = sent.overlay
+    return bool((overlay.mask | overlay.unknown | overlay.copied) & _TOLD_APART)
+
+
 class _Suspect(NamedTuple):
     """Packets that the kept regions cannot excuse: from port `number`, out of `port`."""
 
@@ -137,9 +151,15 @@ class _Enough(Exception):
 
 class _Proof:
     def __init__(
-        self, state: DesiredState, bridge: Bridge, there: Mapping[str, Port], flows: Mapping[FlowKey, Flow]
+        self,
+        state: DesiredState,
+        bridge: Bridge,
+        there: Mapping[str, Port],
+        flows: Mapping[FlowKey, Flow],
+        most: int = MOST,
     ) -> None:
         self.bridge = bridge.name
+        self.most = most
         self.ports = Ports()
         self.policy = Policy(state, bridge, there, self.ports)
         self.flows = flows
@@ -179,7 +199,7 @@ class _Proof:
                 found = Finding(self.bridge, f"isolation could not be proved: {exc}")
             if found is not None:
                 out.append(found)
-                if len(out) >= MOST or budget[0] <= 0:
+                if len(out) >= self.most or budget[0] <= 0:
                     break
         return tuple(out)
 
@@ -249,7 +269,7 @@ class _Proof:
                 yield from self.ports.numbers(region.ports)
             return
         left = self.ports.fold(region.ports & ~self.ports.one(port))  # output to the port it came in by is skipped
-        allowed = self.policy.receives.get(port, ()) if region.owned else ()
+        allowed = self.policy.receives.get(port, ()) if region.owned and not _rewrites(sent) else ()
         for receives in allowed:
             group = left & receives.ports
             if not group or any(self._meets(region, cube) for cube in receives.but):
@@ -305,6 +325,16 @@ class _Proof:
                 header = witness(found.region.cube, found.region.minus)
                 if header is not None:
                     return self._finding(number, port, header, way)
+        return self._confirm_rewritten(port, number, budget)
+
+    def _confirm_rewritten(self, port: int, number: int, budget: list[int]) -> Finding | None:
+        """A packet that leaves as another than came in, though this one may."""
+        for found, way in self.explorer.paths(Region(self._bit(number), ENTERING), PATH_STEPS, budget):
+            if found.port in (port, ANYWHERE) and _rewrites(found):
+                header = witness(found.region.cube, found.region.minus)
+                if header is not None:
+                    finding = self._finding(number, port, header, way)
+                    return replace(finding, text=f"{finding.text}: flows have written other addresses into it")
         return None
 
     def _finding(self, number: int, port: int, header: int, way: tuple[Rule | None, ...]) -> Finding:

@@ -8,14 +8,15 @@ from dataclasses import replace
 import pytest
 
 from apps.spoof_guard import SpoofGuard
-from controller.compile import BridgeCompiler
+from controller import fields
+from controller.compile import BridgeCompiler, planned_ports
 from controller.events import Kind
-from controller.flow import Flow, Output
+from controller.flow import Flow, Match, Output, SetField
 from controller.frame import Frame
 from controller.pipeline import ADMIT, Then
 from controller.signals import AddFlow, Install, Log, StateLoaded
 from controller.verify.gate import try_proof
-from controller.verify.prove import Unsafe
+from controller.verify.prove import Unsafe, prove
 from tests.fakes.states import started, two_networks
 
 
@@ -55,3 +56,27 @@ def test_an_unsafe_state_leaves_the_old_flows(monkeypatch: pytest.MonkeyPatch) -
     assert [e.kind for e in events] == [Kind.STATE_REJECTED]
     assert "The old state stays in force" in events[0].text and events[0].data["findings"]
     assert {s.dpid: dict(s.flows.installed) for s in wired.core.switches.values()} == before
+
+
+def test_a_packet_may_not_leave_as_another_than_came_in() -> None:
+    """Allowed as it came in, it would be somebody else's at the other end: the policy judges what came in."""
+    state = two_networks()
+    bridge = state.bridges[0]
+    ports = planned_ports(state, bridge)
+    flows = BridgeCompiler().compile(state, bridge, ports).flows
+    source, peer = ports["veth102"].number, ports["from-privacy"].number
+    member = state.network("privacy").members[1]
+    to_peer = Match.named(
+        vlan_vid=(0, 0x1000),
+        in_port=source,
+        eth_src=member.mac,
+        eth_type=0x0800,
+        ipv4_src=member.address,
+        ipv4_dst=0x0A0000FE,
+    )
+    plain = Flow(0, 40000, to_peer, (Output(peer),))
+    foreign = state.network("management").members[0].address
+    rewritten = replace(plain, actions=(SetField(fields.IPV4_DST.header, foreign), *plain.actions))
+    assert not prove(state, bridge, ports, [*flows.values(), plain])
+    found = prove(state, bridge, ports, [*flows.values(), rewritten])
+    assert found and "written other addresses" in found[0].text and found[0].counterexample is not None
