@@ -150,6 +150,109 @@ IN_PORT_16 = _field("NXM_OF_IN_PORT", NXM_0, 0, 16, _port, False)
 """The 16-bit ingress port, which `learn` can copy into a register (LOCAL is 0xfffe there)."""
 
 
+OTHERS: dict[str, Field] = {}
+"""Fields that flows of others may match or write, by ovs-ofctl's name: kept and shown, understood by nothing of ours."""
+
+
+def _other(name: str, oxm_class: int, number: int, bits: int, show: Callable[[int], str] = _hex) -> Field:
+    field = Field(name, oxm_class << 16 | number << 9 | (bits + 7) // 8, bits, True, show)
+    OTHERS[name] = BY_HEADER[field.header] = field
+    return field
+
+
+IPV6_LABEL = _other("ipv6_label", OPENFLOW_BASIC, 28, 20)
+ND_TARGET = _other("nd_target", OPENFLOW_BASIC, 31, 128, _ipv6)
+ND_SLL = _other("nd_sll", OPENFLOW_BASIC, 32, 48, _mac)
+ND_TLL = _other("nd_tll", OPENFLOW_BASIC, 33, 48, _mac)
+MPLS_LABEL = _other("mpls_label", OPENFLOW_BASIC, 34, 20, str)
+MPLS_TC = _other("mpls_tc", OPENFLOW_BASIC, 35, 3, str)
+MPLS_BOS = _other("mpls_bos", OPENFLOW_BASIC, 36, 1, str)
+MPLS_TTL = _other("mpls_ttl", NXM_1, 30, 8, str)
+TUN_SRC = _other("tun_src", NXM_1, 31, 32, _ipv4)
+TUN_DST = _other("tun_dst", NXM_1, 32, 32, _ipv4)
+PKT_MARK = _other("pkt_mark", NXM_1, 33, 32)
+CT_LABEL = _other("ct_label", NXM_1, 108, 128)
+CONJ_ID = _other("conj_id", NXM_1, 37, 32, str)
+_NUMBERED: tuple[tuple[str, int, int, Callable[[int], str]], ...] = (
+    ("dp_hash", 35, 32, _hex),
+    ("recirc_id", 36, 32, _hex),
+    ("tun_gbp_id", 38, 16, _hex),
+    ("tun_gbp_flags", 39, 8, _hex),
+    *((f"tun_metadata{i}", 40 + i, 992, _hex) for i in range(64)),
+    ("tun_flags", 104, 16, _hex),
+    ("tun_ipv6_src", 109, 128, _ipv6),
+    ("tun_ipv6_dst", 110, 128, _ipv6),
+    ("ct_nw_proto", 119, 8, str),
+    ("ct_nw_src", 120, 32, _ipv4),
+    ("ct_nw_dst", 121, 32, _ipv4),
+    ("ct_ipv6_src", 122, 128, _ipv6),
+    ("ct_ipv6_dst", 123, 128, _ipv6),
+    ("ct_tp_src", 124, 16, str),
+    ("ct_tp_dst", 125, 16, str),
+)
+for _name, _number, _bits, _show in _NUMBERED:
+    _other(_name, NXM_1, _number, _bits, _show)
+
+UNASSIGNED = 0xFFFE
+"""An OXM class that nobody has. Fields that an experimenter numbers stand in it here: they are never sent."""
+
+PACKET_TYPE = _other("packet_type", UNASSIGNED, 0, 32, lambda value: f"({value >> 16},{value & 0xFFFF:#x})")
+_EXPERIMENTERS: tuple[tuple[str, int, Callable[[int], str]], ...] = (
+    ("skb_priority", 32, _hex),
+    ("actset_output", 32, _port),
+    ("nd_reserved", 32, str),
+    ("nd_options_type", 8, str),
+    ("tun_ttl", 8, str),
+    ("tun_tos", 8, _hex),
+    ("tun_erspan_idx", 20, _hex),
+    ("tun_erspan_ver", 4, str),
+    ("tun_erspan_dir", 1, str),
+    ("tun_erspan_hwid", 6, _hex),
+    ("tun_gtpu_flags", 8, _hex),
+    ("tun_gtpu_msgtype", 8, str),
+    ("nsh_flags", 8, str),
+    ("nsh_mdtype", 8, str),
+    ("nsh_np", 8, str),
+    ("nsh_spi", 24, _hex),
+    ("nsh_si", 8, str),
+    ("nsh_c1", 32, _hex),
+    ("nsh_c2", 32, _hex),
+    ("nsh_c3", 32, _hex),
+    ("nsh_c4", 32, _hex),
+    ("nsh_ttl", 8, str),
+)
+for _number, (_name, _bits, _show) in enumerate(_EXPERIMENTERS, start=1):
+    _other(_name, UNASSIGNED, _number, _bits, _show)
+
+# Names of Open vSwitch's for bits that we know by another: taken apart by `parts`, and in no flow of ours.
+XREGS = tuple(_other(f"xreg{i}", 0x8001, i, 64) for i in range(8))
+XXREGS = tuple(_other(f"xxreg{i}", NXM_1, 111 + i, 128) for i in range(4))
+VLAN_TCI = _other("vlan_tci", NXM_0, 4, 16)
+IP_TOS = _other("nw_tos", NXM_0, 5, 8, str)
+
+_MADE_OF: dict[int, tuple[Field, ...]] = {
+    **{xreg.header: (REGS[2 * i + 1], REGS[2 * i]) for i, xreg in enumerate(XREGS)},
+    **{xxreg.header: tuple(REGS[4 * i + 3 - j] for j in range(4)) for i, xxreg in enumerate(XXREGS)},
+    VLAN_TCI.header: (VLAN_VID, VLAN_PCP),
+}
+
+
+def parts(header: int, start: int, width: int) -> list[tuple[int, int, int]]:
+    """The same bits as (header, start, width) of fields that we know them by, the lowest first.
+
+    An extended register is made of registers, the VLAN tag's control information of its id (with the bit that says
+    there is a tag) and its priority. `IP_TOS` cannot be told so: it is six bits, and two that are always clear.
+    """
+    header = CANONICAL.get(header, header)
+    out, at = [], 0
+    for field in _MADE_OF.get(header, ()):
+        low, high = max(start, at), min(start + width, at + field.bits)
+        if low < high:
+            out.append((field.header, low - at, high - low))
+        at += field.bits
+    return out or [(header, start, width)]
+
+
 def by_header(header: int) -> Field:
     """The field of an OXM header (mask bit ignored); one we do not know gets a name made of its numbers."""
     has_mask = header & 0x100
@@ -180,6 +283,15 @@ _NXM_ALIASES = {
     (NXM_1, 17): ARP_SHA,
     (NXM_1, 18): ARP_THA,
     (NXM_1, 16): TUNNEL_ID,
+    (NXM_1, 19): IPV6_SRC,
+    (NXM_1, 20): IPV6_DST,
+    (NXM_1, 21): ICMPV6_TYPE,
+    (NXM_1, 22): ICMPV6_CODE,
+    (NXM_1, 23): ND_TARGET,
+    (NXM_1, 24): ND_SLL,
+    (NXM_1, 25): ND_TLL,
+    (NXM_1, 27): IPV6_LABEL,
+    (NXM_1, 28): IP_ECN,
 }
 CANONICAL: dict[int, int] = {
     oxm_class << 16 | number << 9 | field.size: field.header for (oxm_class, number), field in _NXM_ALIASES.items()

@@ -61,8 +61,25 @@ class Match(tuple[MatchItem, ...]):
             words, said = [_KEYWORDS[eth_type, proto]], {fields.ETH_TYPE.header, fields.IP_PROTO.header}
         elif (eth_type, None) in _KEYWORDS:
             words, said = [_KEYWORDS[eth_type, None]], {fields.ETH_TYPE.header}
-        words += (fields.by_header(h).text(v, m) for h, v, m in self if h not in said)
+        items = [item for item in self if item[0] not in said]
+        if any(header == fields.VLAN_PCP.header for header, _, _ in items):
+            words += _vlan_words(items)
+        words += (fields.by_header(h).text(v, m) for h, v, m in items)
         return ",".join(words)
+
+
+def _vlan_words(items: list[MatchItem]) -> list[str]:
+    """What is said of the VLAN tag as ovs-ofctl can say it, taken out of `items`.
+
+    It takes a priority alone for "has a tag" as well, and no mask for it.
+    """
+    tag = dict.fromkeys((fields.VLAN_VID.header, fields.VLAN_PCP.header), (0, 0))
+    tag |= {header: (value, mask) for header, value, mask in items if header in tag}
+    (vid, vid_mask), (pcp, pcp_mask) = tag.values()
+    if vid & vid_mask & 0x1000 and pcp_mask == fields.VLAN_PCP.full:
+        return []
+    items[:] = [item for item in items if item[0] not in tag]
+    return [f"vlan_tci={pcp << 13 | vid:#06x}/{pcp_mask << 13 | vid_mask:#06x}"]
 
 
 _KEYWORDS: dict[tuple[int | None, int | None], str] = {
@@ -93,7 +110,7 @@ def match_item(of: Field, value: object) -> MatchItem:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Send to a port. `max_len` bytes of it when the port is the controller."""
+    """Send to a port. `max_len` bytes of it when the port is the controller; for others 0 is all of it."""
 
     port: int
     max_len: int = 0
@@ -101,6 +118,8 @@ class Output:
     def __str__(self) -> str:
         if self.port == fields.CONTROLLER:
             return f"CONTROLLER:{self.max_len}"
+        if self.max_len:
+            return f"output(port={fields.IN_PORT_FIELD.show(self.port)},max_len={self.max_len})"
         if self.port in (fields.IN_PORT, fields.LOCAL, fields.NORMAL):
             return fields.IN_PORT_FIELD.show(self.port)
         return {fields.FLOOD: "FLOOD", fields.ALL: "ALL"}.get(self.port, f"output:{self.port}")
@@ -115,7 +134,11 @@ class SetField:
 
     def __str__(self) -> str:
         of = fields.by_header(self.header)
-        return f"set_field:{of.show(self.value)}->{of.ofctl}"
+        if of is fields.VLAN_VID or of is fields.VLAN_PCP:
+            return str(Load(self.value, whole(of)))
+        # As actions call them: in_port is the one of 16 bits.
+        name = {fields.IN_PORT_16: "in_port", fields.IN_PORT_FIELD: "in_port_oxm"}.get(of, of.ofctl)
+        return f"set_field:{of.show(self.value)}->{name}"
 
 
 class Bits(NamedTuple):
@@ -127,10 +150,15 @@ class Bits(NamedTuple):
 
     def __str__(self) -> str:
         of = fields.by_header(self.header)
-        name = of.ofctl
-        if self.start == 0 and self.width == of.bits:
+        name, start = of.ofctl, self.start
+        if of is fields.VLAN_VID or of is fields.VLAN_PCP:
+            # By these names ovs-ofctl takes them only beside a match that says there is a tag.
+            name, start = "NXM_OF_VLAN_TCI", start + (13 if of is fields.VLAN_PCP else 0)
+        elif of is fields.IN_PORT_FIELD:
+            name = "OXM_OF_IN_PORT"  # in_port is the one of 16 bits here
+        if self.start == 0 and self.width == of.bits and start == 0 and of is not fields.VLAN_VID:
             return f"{name}[]"
-        return f"{name}[{self.start}..{self.start + self.width - 1}]" if self.width > 1 else f"{name}[{self.start}]"
+        return f"{name}[{start}..{start + self.width - 1}]" if self.width > 1 else f"{name}[{start}]"
 
 
 def whole(of: Field) -> Bits:
@@ -178,10 +206,12 @@ class LearnMatch:
     source: Bits | int
 
     def __str__(self) -> str:
-        if isinstance(self.source, int):
-            of = fields.by_header(self.target.header)
-            return f"{of.ofctl}={of.show(self.source)}"
-        return f"{self.target}={self.source}"
+        if not isinstance(self.source, int):
+            return f"{self.target}={self.source}"
+        of = fields.by_header(self.target.header)
+        if self.target != whole(of) or of in (fields.VLAN_VID, fields.VLAN_PCP, fields.IN_PORT_FIELD):
+            return f"{self.target}={self.source:#x}"
+        return f"{of.ofctl}={of.show(self.source)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,14 +239,16 @@ class LearnOutput:
 LearnSpec = LearnMatch | LearnLoad | LearnOutput
 
 SEND_FLOW_REM = 1
+DELETE_LEARNED = 2
+"""Of a learn action: the flows that it made go when the flow that it stands in does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Learn:
     """Add or refresh a flow in `table` (Nicira learn2, with a limit: `ovs-actions(7)`).
 
-    Times are seconds; `limit` counts flows of that table and cookie, 0 is none. With `SEND_FLOW_REM` among the `flags`
-    the switch tells us when such a flow ends.
+    Times are seconds, `fin_` those after a TCP connection has ended; `limit` counts flows of that table and cookie, 0 is
+    none. With `SEND_FLOW_REM` among the `flags` the switch tells us when such a flow ends.
     """
 
     table: int
@@ -227,11 +259,20 @@ class Learn:
     limit: int
     specs: tuple[LearnSpec, ...]
     flags: int = SEND_FLOW_REM
+    fin_idle_s: int = 0
+    fin_hard_s: int = 0
 
     def __str__(self) -> str:
-        head = f"table={self.table},idle_timeout={self.idle_s},hard_timeout={self.hard_s},priority={self.priority}"
+        head = f"table={self.table},idle_timeout={self.idle_s},hard_timeout={self.hard_s}"
+        if self.fin_idle_s:
+            head += f",fin_idle_timeout={self.fin_idle_s}"
+        if self.fin_hard_s:
+            head += f",fin_hard_timeout={self.fin_hard_s}"
+        head += f",priority={self.priority}"
         if self.flags & SEND_FLOW_REM:
             head += ",send_flow_rem"
+        if self.flags & DELETE_LEARNED:
+            head += ",delete_learned"
         head += f",cookie={self.cookie:#x}"
         if self.limit:
             head += f",limit={self.limit}"
@@ -362,8 +403,9 @@ class Flow:
     key: FlowKey = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        place = self.table << 16 | self.priority
-        object.__setattr__(self, "key", place.to_bytes(3, "big") + b"".join(map(_item_key, self.match)))
+        # Four bytes of priority: what a switch hides (in-band control) stands above 65535.
+        place = self.table << 32 | self.priority
+        object.__setattr__(self, "key", place.to_bytes(5, "big") + b"".join(map(_item_key, self.match)))
 
     @property
     def effect(self) -> tuple[tuple[Action, ...], int | None]:
