@@ -114,7 +114,7 @@ class Overlay(NamedTuple):
             case PopVlan():
                 return self.blur(_VLAN)  # a tag may stand behind it
             case DecTtl():
-                return self.blur(_mask(fields.IP_TTL))
+                return self.blur(_TTL)
         return None
 
     def tracked(self, ct: Ct, state: int) -> Overlay:
@@ -188,6 +188,7 @@ def _mask(*these: fields.Field) -> int:
 
 _TRACKED = _mask(fields.CT_STATE, fields.CT_ZONE, fields.CT_MARK)
 _VLAN = _mask(fields.VLAN_VID, fields.VLAN_PCP)
+_TTL = _mask(fields.IP_TTL)
 _TRANSLATED = _mask(
     *(fields.IPV4_SRC, fields.IPV4_DST, fields.TCP_SRC, fields.TCP_DST, fields.IPV6_SRC, fields.IPV6_DST)
 )
@@ -373,7 +374,13 @@ class Explorer:
                     yield Sent(region, ANYWHERE, flow, overlay)
                 case Output(port):
                     yield Sent(region, 0xFFFE if port == fields.LOCAL else port, flow, overlay)
-                case SetField() | Load() | Move() | CtClear() | PopVlan() | DecTtl():
+                case DecTtl():
+                    left = overlay.known(region.cube)
+                    if left[1] & _TTL == _TTL and space.get(left[0], fields.IP_TTL) <= 1:
+                        yield from self.back(overlay, then, region)  # what resubmitted it goes on
+                        return
+                    overlay = overlay.blur(_TTL)
+                case SetField() | Load() | Move() | CtClear() | PopVlan():
                     overlay = overlay.after(action) or overlay
                 case Learn():
                     yield Learned(region, action, overlay)

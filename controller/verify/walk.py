@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from controller.flow import Flow
 from controller.verify.explore import ANYWHERE, DEPTH, NEW, TRK, Explorer, Learned, Place, Region, Sent
-from controller.verify.rules import OTHER, Ports, Rules
+from controller.verify.rules import OTHER, Ports, Rule, Rules
 from controller.verify.space import ENTERING, PLACES
 
 _WIDTH = max(at + width for at, width in PLACES.values())
@@ -79,11 +79,9 @@ class _Walk:
             self.doubts["it goes in circles, which Open vSwitch ends"] = None
             return
         now = place.overlay.known(region.cube)
-        if place.overlay.unknown:
-            self.doubts["what a flow that was learned writes is not known"] = None
         depth = len(place.then)
         rules = self.explorer.rules.meeting(place.table, now, region.ports)
-        floor = next((rule.priority for rule in rules if rule.sure), -1)
+        floor = next((rule.priority for rule in rules if _certain(rule, place)), -1)
         # Two flows of one priority that do the same do not contradict each other: one stands for both.
         matched = {rule.flow.effect: rule for rule in reversed(rules) if rule.priority >= floor}
         if not matched:
@@ -92,7 +90,7 @@ class _Walk:
         if len(matched) > 1:
             self.doubts[f"several flows of table {place.table} may match, and nobody knows which"] = None
         for rule in matched.values():
-            if not rule.sure:
+            if not _certain(rule, place):
                 self.doubts["a flow compares what is not known of the packet"] = None
             self.steps.append(Step(place.table, rule.flow, depth, now[0]))
             self._go_on(self.explorer.perform(rule.flow, rule.flow.actions, rule.flow.goto, place, region))
@@ -114,3 +112,9 @@ class _Walk:
                         self.doubts["it is resubmitted deeper than Open vSwitch goes"] = None
                     else:
                         self._look(to, left)
+
+
+def _certain(rule: Rule, place: Place) -> bool:
+    """Whether a flow that may match does: it is there, and compares nothing that nobody knows of the packet."""
+    before = place.overlay.before(rule.cube)
+    return rule.sure and before is not None and before[1]
