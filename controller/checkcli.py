@@ -32,7 +32,7 @@ SAME = {"replies-astray": "vpn-replies-into-warp"}
 """What the reader of state files calls the same thing."""
 ADDED = frozenset(("dead-flow", "unreachable-table", "fragments-pass", "hidden-flow"))
 """What only looking at the flows together can tell; the rest the reader of state files has said in its own words."""
-FINDINGS = 25
+FINDINGS = 60
 
 
 @click.command("check")
@@ -144,7 +144,7 @@ def _check_flows(file: Path | None, dump: str, bridge: str | None, as_json: bool
     remarks = [*lint(held), *(_against(state, held) if state is not None else ())]
     where = {id(flow): line for flow, line in zip(read.flows, read.lines, strict=True)}
     problems = [*read.problems, *(_at(remark, dump, where) for remark in dict.fromkeys(remarks))]
-    problems.sort(key=lambda p: p.severity is not Severity.ERROR)
+    problems.sort(key=lambda p: (p.severity is not Severity.ERROR, int(p.path.rpartition(":")[2] or 0)))
     bad = any(p.severity is Severity.ERROR for p in problems)
     if as_json:
         print_json(_as_data(problems, read, tables(held)))
@@ -218,8 +218,11 @@ def _against(state: DesiredState, held: Held) -> list[Remark]:
 
 
 def _at(remark: Remark, dump: str, where: Mapping[int, tuple[int, str]]) -> Problem:
-    line, text = where.get(id(remark.flow), (0, str(remark.flow)))
-    return _problem(remark, f"{dump}:{line}" if line else dump, text)
+    line, text = where[id(remark.flow)]
+    if remark.other is not None and id(remark.other) in where:  # in the words of whoever wrote it
+        at, theirs = where[id(remark.other)]
+        remark = replace(remark, fix=remark.fix.replace(f"'{remark.other}'", f"'{theirs}' (line {at})"))
+    return _problem(remark, f"{dump}:{line}", text)
 
 
 def _problem(remark: Remark, path: str, text: str, *, warns: bool = False) -> Problem:

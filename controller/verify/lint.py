@@ -22,9 +22,9 @@ from controller.verify.explore import ANYWHERE, TooLarge
 from controller.verify.links import End
 from controller.verify.node import LOCAL, Held, Node
 from controller.verify.packetwords import words
-from controller.verify.policy import target
+from controller.verify.policy import both, source, target
 from controller.verify.rules import ANY_PORT, Ports, Rule, Rules
-from controller.verify.space import ENTERING, PLACES, Cube, bits, get, inside, meet
+from controller.verify.space import ALL, ENTERING, PLACES, Cube, bits, get, inside, meet
 from controller.verify.walk import Walker
 
 FLOODS = frozenset((fields.NORMAL, fields.FLOOD, fields.ALL))
@@ -33,6 +33,22 @@ HIDDEN = 0xFFFF
 _SRC, _DST = fields.TCP_SRC, fields.TCP_DST
 _PROTOCOLS = {6: "tcp", 17: "udp", 132: "sctp"}
 _LATER = bits(fields.IP_FRAG, 3, 3)
+
+
+_IPV4 = both(bits(fields.ETH_TYPE, 0x0800), bits(fields.VLAN_VID, 0), bits(fields.IP_FRAG, 0))
+_ADDRESSED = both(
+    *(_IPV4, bits(fields.IP_TTL, 64), bits(fields.ETH_SRC, 0x020000000001), bits(fields.ETH_DST, 0x020000000002)),
+    bits(fields.IPV4_SRC, 0xC000020A),
+)
+_USUAL: tuple[Cube, ...] = (
+    both(_ADDRESSED, bits(fields.IPV4_DST, SOMEBODY), bits(fields.IP_PROTO, 6), bits(_SRC, 40000), bits(_DST, 443)),
+    both(_ADDRESSED, bits(fields.IPV4_DST, SOMEBODY), bits(fields.IP_PROTO, 6), bits(_SRC, 40000)),
+    both(_ADDRESSED, bits(fields.IPV4_DST, SOMEBODY), bits(fields.IP_PROTO, 17), bits(_SRC, 40000)),
+    both(_ADDRESSED, bits(fields.IPV4_DST, SOMEBODY)),
+    _IPV4,
+    ALL,
+)
+"""Packets to show things by, the likeliest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +99,17 @@ class _Linted:
         return [h.cube for h in higher if h.sure and (h.ports == ANY_PORT or h.ports == rule.ports)]
 
     def example(self, rule: Rule, *more: Cube, but: Iterable[Cube] = (), port: int | None = None) -> int | None:
-        """A packet that matches a rule and no higher one, and is in `more` too. None where there is none."""
+        """A packet that matches a rule and no higher one, and is in `more` too. None where there is none.
+
+        One that people send if there is one.
+        """
+        for usual in _USUAL:
+            found = self._example(rule, usual, *more, but=but, port=port)
+            if found is not None:
+                return found
+        return None
+
+    def _example(self, rule: Rule, *more: Cube, but: Iterable[Cube], port: int | None) -> int | None:
         cube: Cube | None = rule.cube
         for other in more:
             cube = meet(cube, other) if cube is not None else None
@@ -96,12 +122,15 @@ class _Linted:
             taken += [h.cube for h in met if h.sure and h.ports == bit]
         return witness(cube, taken)
 
-    def in_port(self, rule: Rule, but: Collection[int] = ()) -> int:
+    def in_port(self, rule: Rule) -> int:
         """A port that a rule's packets come in by."""
+        return self.in_ports(rule)[0]
+
+    def in_ports(self, rule: Rule, but: Collection[int] = ()) -> list[int]:
+        """Ports that a rule's packets can come in by, the host's last."""
         if rule.ports != ANY_PORT:
-            return self.ports.numbers(rule.ports)[0]
-        others = [n for n in self.held.numbers.values() if n not in but and n != LOCAL]
-        return next(iter(others), LOCAL)
+            return self.ports.numbers(rule.ports)[:1]
+        return [n for n in self.held.numbers.values() if n not in but and n != LOCAL] + [LOCAL]
 
     def names(self, numbers: Iterable[int]) -> str:
         """Ports by name."""
@@ -247,9 +276,7 @@ def _floods(linted: _Linted, rule: Rule) -> Iterator[Remark]:
     flooding = [a for a in every(flow.actions) if isinstance(a, Output) and a.port in FLOODS]
     if not flooding or flow in linted.dead:
         return
-    number = linted.in_port(rule)
-    ports = [n for n in linted.held.numbers.values() if n != number]
-    example = _shown(linted, rule, then=f"may leave by {linted.names(ports)}", port=number)
+    example = _shown(linted, rule, then="may leave by any other port")
     if flow.priority > HIDDEN:
         fix = "Open vSwitch itself put it above every policy. In-band control: ovs-vsctl set bridge … other-config:disable-in-band=true;"
         fix += " a bridge without its controller: ovs-vsctl set-fail-mode … secure."
@@ -275,7 +302,7 @@ def _hijack(linted: _Linted, rule: Rule) -> Iterator[Remark]:
         rule,
         robbed,
         then=f"goes to {linted.held.port(port)}, whoever it is for",
-        port=linted.in_port(rule, (port,)),
+        but=(port,),
     )
     fix = "It takes such packets to any address, from everybody who offers the same port. Add nw_dst."
     yield Remark("hijack", Severity.ERROR, flow, "the address of the service (nw_dst)", fix, example)
@@ -355,10 +382,12 @@ _CHECKS: tuple[Callable[[_Linted, Rule], Iterator[Remark]], ...] = (
 )
 
 
-def _shown(linted: _Linted, rule: Rule, *more: Cube, then: str, port: int | None = None) -> str:
-    number = linted.in_port(rule) if port is None else port
-    header = linted.example(rule, *more, port=number)
-    return "" if header is None else f"{words(number, header)} {then}"
+def _shown(linted: _Linted, rule: Rule, *more: Cube, then: str, but: Collection[int] = ()) -> str:
+    for number in linted.in_ports(rule, but):
+        header = linted.example(rule, *more, port=number)
+        if header is not None:
+            return f"{words(number, header)} {then}"
+    return ""
 
 
 def _outputs(flow: Flow) -> set[int]:
@@ -395,19 +424,26 @@ def crossings(state: DesiredState, node: Node) -> Iterator[tuple[str, Remark]]:
         if held is None:
             continue
         foreign = [(n.name, p) for n in state.networks if n is not network for p in n.prefixes]
+        there = [m for n in state.networks if n is not network for m in n.members]
         for member in network.members:
             if member.port not in held.numbers:
                 continue
+            usual = [both(source(member.address), bits(fields.ETH_SRC, member.mac), bits(fields.IP_TTL, 64))]
+            usual = [*(both(usual[0], bits(fields.IPV4_DST, other.address)) for other in there), *usual, ALL]
             for name, prefix in foreign:
-                for remark in _crossing(node, network, (network.bridge, member.port), name, prefix):
-                    if remark is not None and (network.bridge, remark.flow) not in told:
+                for remark in _crossing(node, network, (network.bridge, member.port), name, prefix, usual):
+                    if (network.bridge, remark.flow) not in told:
                         told.add((network.bridge, remark.flow))
                         yield network.bridge, remark
 
 
-def _crossing(node: Node, network: Network, start: End, name: str, prefix: Prefix) -> Iterator[Remark | None]:
+def _crossing(
+    node: Node, network: Network, start: End, name: str, prefix: Prefix, usual: list[Cube]
+) -> Iterator[Remark]:
     for arrival in node.arrivals(start, target(prefix), taught=True):
-        header = witness(arrival.region.cube, arrival.region.minus)
+        cubes = (meet(arrival.region.cube, cube) for cube in usual)
+        headers = (witness(cube, arrival.region.minus) for cube in cubes if cube is not None)
+        header = next((header for header in headers if header is not None), None)
         flow = next((hop.flow for hop in reversed(arrival.way) if hop.flow is not None), None)
         if header is None or flow is None or arrival.end == start:
             continue
