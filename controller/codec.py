@@ -3,7 +3,8 @@
 Only what a reconciler needs: flow mods, bundles, meters, flow statistics, flow updates, flow-removed, packet-in. Our
 own because os-ken builds one object tree per field and needs 80 microseconds a flow; a cold start sends thousands.
 Sources: OpenFlow Switch Specification 1.4.1 (structures), `nicira-ext.h` of Open vSwitch (Nicira actions). Every
-decoder raises `CodecError` for anything truncated or inconsistent. Imports flow and fields.
+decoder raises `CodecError` for anything truncated or inconsistent. Of other people's actions those are read that flow
+values can say; the rest is kept as bytes. Imports flow, flowwrites and fields.
 """
 
 from __future__ import annotations
@@ -15,22 +16,34 @@ from enum import IntEnum
 from functools import lru_cache
 
 from controller import fields
+from controller.fields import Field
 from controller.flow import (
+    DELETE_LEARNED,
     SEND_FLOW_REM,
     Action,
+    Aside,
     Bits,
+    Clone,
+    Ct,
+    CtClear,
+    DecTtl,
     Flow,
     Learn,
     LearnLoad,
     LearnMatch,
+    LearnOutput,
+    LearnSpec,
     Load,
     Match,
+    MatchItem,
     Move,
     Output,
+    PopVlan,
     Raw,
     Resubmit,
     SetField,
 )
+from controller.flowwrites import FOLLOWED, masked, moved, note, paired, settled, written
 from controller.problems import BulkheadError
 
 VERSION = 0x05
@@ -56,6 +69,7 @@ _PACKET_IN = struct.Struct("!IHBBQ")
 _BUNDLE = struct.Struct("!IHH")
 _BUNDLE_ADD = struct.Struct("!BBHIIHH")
 _LEARN = struct.Struct("!HHIHHHHQHBxHHIHH")
+_OLD_LEARN = struct.Struct("!HHIHHHHQHBxHH")
 
 
 class CodecError(BulkheadError):
@@ -102,7 +116,9 @@ def _nicira(subtype: int, body: bytes) -> bytes:
     return struct.pack("!HHIH", 0xFFFF, padded, NICIRA, subtype) + body + bytes(padded - size)
 
 
-def _learn_spec(spec: LearnMatch | LearnLoad) -> bytes:
+def _learn_spec(spec: LearnSpec) -> bytes:
+    if isinstance(spec, LearnOutput):
+        return struct.pack("!HIH", spec.source.width | _OUTPUTS << 11, spec.source.header, spec.source.start)
     target, source = spec.target, spec.source
     head = target.width | (1 << 11 if isinstance(spec, LearnLoad) else 0)
     if isinstance(source, int):
@@ -111,6 +127,11 @@ def _learn_spec(spec: LearnMatch | LearnLoad) -> bytes:
     else:
         front = struct.pack("!HIH", head, source.header, source.start)
     return front + struct.pack("!IH", target.header, target.start)
+
+
+_OUTPUTS = 2
+_NO_TABLE = 0xFF
+_COMMIT, _FORCE = 1, 2
 
 
 def _encode_learn(learn: Learn) -> bytes:
@@ -126,10 +147,10 @@ def _encode_learn(learn: Learn) -> bytes:
         learn.hard_s,
         learn.priority,
         learn.cookie,
-        SEND_FLOW_REM,
+        learn.flags,
         learn.table,
-        0,
-        0,
+        learn.fin_idle_s,
+        learn.fin_hard_s,
         learn.limit,
         0,
         0,
@@ -137,9 +158,24 @@ def _encode_learn(learn: Learn) -> bytes:
     return head + specs + bytes(padded - size)
 
 
+def _encode_ct(ct: Ct) -> bytes:
+    if ct.nat:
+        raise CodecError("address translation is not ours and cannot be sent")
+    flags = (_COMMIT if ct.commit else 0) | (_FORCE if ct.force else 0)
+    zone = (ct.zone.header, _place(ct.zone)) if isinstance(ct.zone, Bits) else (0, ct.zone)
+    table = _NO_TABLE if ct.table is None else ct.table
+    return _nicira(35, struct.pack("!HIHB3xH", flags, *zone, table, 0) + b"".join(map(encode_action, ct.actions)))
+
+
+def _place(bits: Bits) -> int:
+    return bits.start << 6 | bits.width - 1
+
+
 def encode_action(action: Action) -> bytes:
     """One action. Raises `CodecError` for an action of somebody else's that we only carry."""
     match action:
+        case Output(port, max_len) if max_len and port != fields.CONTROLLER:
+            return _nicira(39, struct.pack("!HI", port & 0xFFFF, max_len))
         case Output(port, max_len):
             return struct.pack("!HHIH6x", 0, 16, port, max_len)
         case SetField(header, value):
@@ -152,13 +188,35 @@ def encode_action(action: Action) -> bytes:
                 6, struct.pack("!HHHII", source.width, source.start, target.start, source.header, target.header)
             )
         case Load(value, target):
-            return _nicira(7, struct.pack("!HIQ", target.start << 6 | target.width - 1, target.header, value))
+            return _nicira(7, struct.pack("!HIQ", _place(target), target.header, value))
         case Resubmit(table):
             return _nicira(14, struct.pack("!HB3x", 0xFFF8, table))
         case Learn():
             return _encode_learn(action)
-        case Raw():
-            raise CodecError("an action that is not ours cannot be sent")
+        case _:
+            return _encode_foreign(action)
+
+
+def _encode_foreign(action: Action) -> bytes:
+    """Actions that no flow of ours has."""
+    match action:
+        case Ct():
+            return _encode_ct(action)
+        case Clone(actions):
+            return _nicira(42, bytes(6) + b"".join(map(encode_action, actions)))
+        case CtClear():
+            return _nicira(43, b"")
+        case PopVlan():
+            return struct.pack("!HH4x", 18, 8)
+        case DecTtl():
+            return struct.pack("!HH4x", 24, 8)
+        case Aside("pop_queue"):
+            return _nicira(5, b"")
+        case Aside(text) if text.startswith("set_queue:"):
+            return struct.pack("!HHI", 21, 8, int(text.removeprefix("set_queue:")))
+        case Aside(text) if text.startswith("note:"):
+            return _nicira(8, bytes.fromhex(text.removeprefix("note:").replace(".", "")))
+    raise CodecError("an action that is not ours cannot be sent")
 
 
 @lru_cache(maxsize=1 << 16)
@@ -292,8 +350,8 @@ def _match_items(data: bytes) -> Match:
         at += 4 + size
         if len(payload) != size:
             raise CodecError("match field cut short")
-        if header >> 16 == 0xFFFF:  # an experimenter's: its own number is part of the value
-            items.append((header, int.from_bytes(payload, "big"), (1 << 8 * size) - 1))
+        if header >> 16 == _EXPERIMENTER:  # an experimenter's: its own number is part of the value
+            items.append(_experimenters(header, payload))
             continue
         field = fields.by_header(header)
         if header & 0x100:
@@ -302,96 +360,242 @@ def _match_items(data: bytes) -> Match:
             items.append((field.header, int.from_bytes(payload[:half], "big") & mask, mask))
         else:
             items.append((field.header, int.from_bytes(payload, "big"), field.full))
-    return Match.of(items)
+    return Match.of(item for item in items if item != _ETHERNET)
 
 
-def _canonical(header: int) -> int:
-    return fields.CANONICAL.get(header, header)
+_ETHERNET = (fields.PACKET_TYPE.header, 0, fields.PACKET_TYPE.full)
+"""What Open vSwitch says for "any" (OpenFlow 1.5's packet type): all packets here are of that kind."""
+
+_EXPERIMENTER = 0xFFFF
+_ONF = 0x4F4E4600
 
 
-def _bits(header: int, start: int, width: int) -> Bits:
-    return Bits(_canonical(header), start, width)
+def _experimenters(header: int, payload: bytes) -> MatchItem:
+    """TCP flags have no number of OpenFlow's own before 1.5."""
+    if header >> 9 & 0x7F == 42 and int.from_bytes(payload[:4], "big") == _ONF and len(payload) in (6, 8):
+        value, mask = int.from_bytes(payload[4:6], "big"), int.from_bytes(payload[6:8] or b"\xff\xff", "big")
+        return fields.TCP_FLAGS.header, value & mask, mask
+    return header, int.from_bytes(payload, "big"), (1 << 8 * len(payload)) - 1
 
 
-def _bits_at(data: bytes, at: int, width: int) -> Bits:
+def _parts(header: int, start: int, width: int) -> list[tuple[int, int, int]]:
+    if header >> 16 == _EXPERIMENTER or header & 0x100 or header == fields.IP_TOS.header:
+        raise CodecError("bits of a field that we have no name for")
+    if not width or start + width > fields.by_header(header).bits:
+        raise CodecError("bits that a field does not have")
+    return fields.parts(header, start, width)
+
+
+def _parts_at(data: bytes, at: int, width: int) -> list[tuple[int, int, int]]:
     header, start = struct.unpack_from("!IH", data, at)
-    return _bits(header, start, width)
+    return _parts(header, start, width)
 
 
 def _decode_learn(data: bytes) -> Learn:
-    parts = _LEARN.unpack_from(data)
-    idle, hard, priority, cookie, flags, table, fin_idle, fin_hard, limit = parts[4:13]
-    if flags != SEND_FLOW_REM or fin_idle or fin_hard:
-        raise CodecError("a learn action that is not of our making")
-    specs: list[LearnMatch | LearnLoad] = []
-    at = _LEARN.size
+    """Both forms; the older one has no limit. Some that a switch may hold are more than `Learn` can say."""
+    head = _LEARN if data[9] == 45 else _OLD_LEARN
+    idle, hard, priority, cookie, flags, table, fin_idle, fin_hard, limit = (*head.unpack_from(data)[4:13], 0)[:9]
+    if flags & ~(SEND_FLOW_REM | DELETE_LEARNED):
+        raise CodecError("a learn action that writes its result")
+    specs: list[LearnSpec] = []
+    at = head.size
     while at + 2 <= len(data):
-        (head,) = struct.unpack_from("!H", data, at)
-        if head == 0:
+        (spec,) = struct.unpack_from("!H", data, at)
+        if spec == 0:
             break
-        at += 2
-        width = head & 0x3FF
-        source: Bits | int
-        if head & 1 << 13:
-            size = (width + 15) // 16 * 2
-            source = int.from_bytes(data[at : at + size], "big")
-            at += size
-        else:
-            source = _bits_at(data, at, width)
-            at += 6
-        target = _bits_at(data, at, width)
+        at = _decode_spec(data, at + 2, spec, specs)
+    return Learn(table, priority, cookie, idle, hard, limit, tuple(specs), flags, fin_idle, fin_hard)
+
+
+def _decode_spec(data: bytes, at: int, head: int, specs: list[LearnSpec]) -> int:
+    """Read one of the things that a learned flow compares or does, answer where the next begins."""
+    width, kind, constant = head & 0x3FF, head >> 11 & 3, head & 1 << 13
+    if head & ~0x3BFF or kind > _OUTPUTS or (constant and kind == _OUTPUTS):
+        raise CodecError("a learn action that we do not know")
+    value, source = 0, []
+    if constant:
+        size = (width + 15) // 16 * 2
+        if at + size > len(data):
+            raise CodecError("a learn action cut short")
+        value = int.from_bytes(data[at : at + size], "big")
+        if value >> width:
+            raise CodecError("a learn action with a value that does not fit")
+        at += size
+    else:
+        source = _parts_at(data, at, width)
         at += 6
-        kind = head >> 11 & 3
-        if kind not in (0, 1):
-            raise CodecError("a learn action that outputs")
-        specs.append(LearnLoad(source, target) if kind else LearnMatch(target, source))
-    return Learn(table, priority, cookie, idle, hard, limit, tuple(specs))
+    if kind == _OUTPUTS:
+        if len(source) > 1:
+            raise CodecError("a learn action that outputs to bits of two fields")
+        specs.append(LearnOutput(Bits(*source[0])))
+        return at
+    target = _parts_at(data, at, width)
+    if constant:
+        for part in map(Bits._make, target):
+            piece = value & (1 << part.width) - 1
+            specs.append(LearnLoad(piece, part) if kind else LearnMatch(part, piece))
+            value >>= part.width
+    else:
+        specs += [LearnLoad(one, other) if kind else LearnMatch(other, one) for one, other in paired(source, target)]
+    return at + 6
 
 
 @lru_cache(maxsize=1 << 14)
-def _decode_action(data: bytes) -> Action:
+def _decode_action(data: bytes) -> tuple[Action, ...]:
+    """One action on the wire. Several of ours where it writes several fields, or bits that are no run."""
     try:
         (kind,) = struct.unpack_from("!H", data)
+        found: list[Action] | Action | None = None
         if kind == 0:
             port, max_len = struct.unpack_from("!IH", data, 4)
-            return Output(port, max_len if port == fields.CONTROLLER else 0)
-        if kind == 25:
-            header = int.from_bytes(data[4:8], "big")
-            if not header & 0x100:
-                return SetField(_canonical(header), int.from_bytes(data[8 : 8 + (header & 0xFF)], "big"))
-        if kind == 0xFFFF:
+            if port < fields.RESERVED or port in FOLLOWED:
+                found = Output(port, max_len if port == fields.CONTROLLER else 0)
+        elif kind == 25:
+            found = _decode_set_field(data)
+        elif kind == 0xFFFF:
             vendor, subtype = struct.unpack_from("!IH", data, 4)
             if vendor == NICIRA:
-                return _decode_nicira(subtype, data)
+                found = _decode_nicira(subtype, data)
+        elif kind in (18, 24):
+            found = PopVlan() if kind == 18 else DecTtl()
+        elif kind == 21:
+            found = Aside(f"set_queue:{int.from_bytes(data[4:8], 'big')}")
+        elif kind == 23:
+            found = SetField(fields.IP_TTL.header, data[4])
+        if found:
+            return tuple(found) if isinstance(found, list) else (found,)
     except (struct.error, CodecError):
         pass
-    return Raw(data)
+    return (Raw(data),)
 
 
-def _decode_nicira(subtype: int, data: bytes) -> Action:
+def _decode_set_field(data: bytes) -> list[Action] | None:
+    header = int.from_bytes(data[4:8], "big")
+    size = header & 0xFF
+    if header >> 16 == _EXPERIMENTER or 8 + size > len(data):
+        return None
+    of = fields.by_header(header)
+    of = fields.by_header(fields.CANONICAL.get(of.header, of.header))
+    if header & 0x100:
+        value, mask = (int.from_bytes(data[at : at + size // 2], "big") for at in (8, 8 + size // 2))
+        return masked(of, value & mask, mask & of.full)
+    return written(Bits(of.header, 0, of.bits), int.from_bytes(data[8 : 8 + size], "big"))
+
+
+def _decode_nicira(subtype: int, data: bytes) -> list[Action] | Action | None:
     if subtype == 6:
         width, source_start, target_start, source, target = struct.unpack_from("!HHHII", data, 10)
-        return Move(_bits(source, source_start, width), _bits(target, target_start, width))
+        return moved(_run(source, source_start, width), _run(target, target_start, width))
     if subtype == 7:
         place, target, value = struct.unpack_from("!HIQ", data, 10)
-        bits = _bits(target, place >> 6, (place & 0x3F) + 1)
-        field = fields.by_header(bits.header)
-        if bits.start == 0 and bits.width == field.bits:
-            return SetField(bits.header, value)
-        return Load(value, bits)
+        return written(_run(target, place >> 6, (place & 0x3F) + 1), value)
     if subtype == 14:
         in_port, table = struct.unpack_from("!HB", data, 10)
-        if in_port == 0xFFF8:
+        if in_port == 0xFFF8 and table != _NO_TABLE:
             return Resubmit(table)
-    if subtype == 45:
+    if subtype in (16, 45):
         return _decode_learn(data)
-    return Raw(data)
+    return _decode_foreign(subtype, data)
+
+
+def _run(header: int, start: int, width: int) -> Bits:
+    if header >> 16 == _EXPERIMENTER or header & 0x100 or start + width > fields.by_header(header).bits:
+        raise CodecError("bits of a field that we have no name for")
+    return Bits(header, start, width)
+
+
+def _decode_foreign(subtype: int, data: bytes) -> Action | None:
+    """Actions that no flow of ours has."""
+    if subtype == 35:
+        return _decode_ct(data)
+    if subtype == 42:
+        return Clone(tuple(_split_actions(data[16:])))
+    if subtype == 39:
+        port, max_len = struct.unpack_from("!HI", data, 10)
+        return Output(port | 0xFFFF0000 if port >= 0xFF00 else port, max_len)
+    if subtype == 8:
+        return note(data[10:])
+    known: dict[int, Action] = {5: Aside("pop_queue"), 18: DecTtl(), 43: CtClear()}
+    return known.get(subtype)
+
+
+def _decode_ct(data: bytes) -> Ct | None:
+    flags, source, place, table, helper = struct.unpack_from("!HIHB3xH", data, 10)
+    if helper or flags & ~(_COMMIT | _FORCE):
+        return None  # a helper lets connections in that are related to this one
+    zone: int | Bits = place
+    if source:
+        pieces = _parts(source, place >> 6, (place & 0x3F) + 1)
+        if len(pieces) != 1:
+            return None
+        zone = Bits(*pieces[0])
+    nat = ""
+    actions: list[Action] = []
+    for one in _cut_actions(data[24:]):
+        if one[:2] == b"\xff\xff" and one[4:10] == struct.pack("!IH", NICIRA, 36):
+            if nat:
+                return None
+            nat = _decode_nat(one)
+        else:
+            actions += _decode_action(one)
+    known = None if table == _NO_TABLE else table
+    return Ct(zone, known, bool(flags & _COMMIT), bool(flags & _FORCE), nat, tuple(actions))
+
+
+def _decode_nat(data: bytes) -> str:
+    """Address translation as ovs-ofctl writes it (`nx_action_nat`)."""
+    flags, present = struct.unpack_from("!HH", data, 12)
+    if flags & ~0x1F or present & ~0x3F or flags & 3 == 3:
+        raise CodecError("address translation that we do not know")
+    at, found = 16, []
+    for bit, size in enumerate((4, 4, 16, 16, 2, 2)):
+        found.append(int.from_bytes(data[at : at + size], "big") if present & 1 << bit else None)
+        at += size if present & 1 << bit else 0
+    if at > len(data):
+        raise CodecError("address translation cut short")
+    if not flags & 3:
+        return "nat"
+    text = _addresses(fields.IPV4_SRC, found[0], found[1]) or _addresses(fields.IPV6_SRC, found[2], found[3])
+    if found[4]:
+        text = f"[{text}]" if found[2] is not None else text
+        text += f":{found[4]}" + (f"-{found[5]}" if found[5] else "")
+    words = [("src" if flags & 1 else "dst") + (f"={text}" if text else "")]
+    words += [word for bit, word in ((4, "persistent"), (8, "hash"), (16, "random")) if flags & bit]
+    return f"nat({','.join(words)})"
+
+
+def _addresses(of: Field, first: int | None, last: int | None) -> str:
+    if not first:
+        return ""
+    return of.show(first) + (f"-{of.show(last)}" if last else "")
+
+
+# Instructions are done in this order, however they stand (OpenFlow 1.4.1, 5.9). The meter comes first, then actions.
+_ORDER = {6: 0, 4: 1, 5: 2, 3: 3, 2: 4, 1: 5}
 
 
 @lru_cache(maxsize=1 << 16)
 def _decode_instructions(data: bytes) -> tuple[tuple[Action, ...], int | None]:
     actions: list[Action] = []
     goto = None
+    for kind, one in sorted(_cut_instructions(data), key=lambda found: _ORDER.get(found[0], 6)):
+        if kind == 4:
+            actions += _split_actions(one[8:])
+        elif kind == 1:
+            goto = one[4]
+        elif kind == 2 and len(one) >= 24:
+            value, mask = (int.from_bytes(one[start : start + 8], "big") for start in (8, 16))
+            actions += masked(fields.METADATA, value & mask, mask) or [Aside("write_metadata:0/0")]
+        elif kind == 5:
+            actions.append(Aside("clear_actions"))
+        elif kind == 6:
+            actions.append(Aside(f"meter:{int.from_bytes(one[4:8], 'big')}"))
+        else:
+            actions.append(Raw(one))
+    return tuple(actions), goto
+
+
+def _cut_instructions(data: bytes) -> Iterator[tuple[int, bytes]]:
     at = 0
     while at < len(data):
         if at + 8 > len(data):
@@ -399,17 +603,16 @@ def _decode_instructions(data: bytes) -> tuple[tuple[Action, ...], int | None]:
         kind, size = struct.unpack_from("!HH", data, at)
         if size < 8 or at + size > len(data):
             raise CodecError(f"instruction of type {kind} and length {size} does not fit")
-        if kind == 4:
-            actions += _split_actions(data[at + 8 : at + size])
-        elif kind == 1:
-            goto = data[at + 4]
-        else:
-            actions.append(Raw(data[at : at + size]))
+        yield kind, data[at : at + size]
         at += size
-    return tuple(actions), goto
 
 
 def _split_actions(data: bytes) -> Iterator[Action]:
+    for one in _cut_actions(data):
+        yield from _decode_action(one)
+
+
+def _cut_actions(data: bytes) -> Iterator[bytes]:
     at = 0
     while at < len(data):
         if at + 8 > len(data):
@@ -417,7 +620,7 @@ def _split_actions(data: bytes) -> Iterator[Action]:
         (size,) = struct.unpack_from("!H", data, at + 2)
         if size < 8 or at + size > len(data):
             raise CodecError(f"action of length {size} does not fit")
-        yield _decode_action(data[at : at + size])
+        yield data[at : at + size]
         at += size
 
 
@@ -443,6 +646,7 @@ def decode_flow_stats(data: bytes | memoryview) -> FlowStats:
         raise CodecError("flow statistics entry of the wrong length")
     match, at = decode_match(data, _FLOW_STATS.size)
     actions, goto = _decode_instructions(bytes(data[at:]))
+    actions = settled(actions, match)
     flow = Flow(table, priority, match, actions, goto, cookie, idle, hard, flags & _KEPT_FLAGS)
     return FlowStats(flow, packets, octets, age + age_ns / 1e9)
 
@@ -493,6 +697,7 @@ def decode_flow_update(data: bytes | memoryview) -> FlowUpdate:
     _, _, table, reason, idle, hard, priority, cookie = _FLOW_UPDATE.unpack_from(data)
     match, at = decode_match(data, _FLOW_UPDATE.size)
     actions, goto = _decode_instructions(bytes(data[at:]))
+    actions = settled(actions, match)
     return FlowUpdate(Update(event), Flow(table, priority, match, actions, goto, cookie, idle, hard), reason)
 
 

@@ -94,6 +94,8 @@ ALL = 0xFFFFFFFC
 CONTROLLER = 0xFFFFFFFD
 LOCAL = 0xFFFFFFFE
 ANY = 0xFFFFFFFF
+RESERVED = 0xFFFFFF00
+"""From here on numbers are no ports of a bridge (OpenFlow 1.4.1, 7.2.1)."""
 
 BY_NAME: dict[str, Field] = {}
 BY_HEADER: dict[int, Field] = {}
@@ -155,7 +157,8 @@ OTHERS: dict[str, Field] = {}
 
 
 def _other(name: str, oxm_class: int, number: int, bits: int, show: Callable[[int], str] = _hex) -> Field:
-    field = Field(name, oxm_class << 16 | number << 9 | (bits + 7) // 8, bits, True, show)
+    size = 4 if bits == 20 else (bits + 7) // 8  # labels stand in whole words
+    field = Field(name, oxm_class << 16 | number << 9 | size, bits, True, show)
     OTHERS[name] = BY_HEADER[field.header] = field
     return field
 
@@ -196,7 +199,7 @@ for _name, _number, _bits, _show in _NUMBERED:
 UNASSIGNED = 0xFFFE
 """An OXM class that nobody has. Fields that an experimenter numbers stand in it here: they are never sent."""
 
-PACKET_TYPE = _other("packet_type", UNASSIGNED, 0, 32, lambda value: f"({value >> 16},{value & 0xFFFF:#x})")
+PACKET_TYPE = _other("packet_type", OPENFLOW_BASIC, 44, 32, lambda value: f"({value >> 16},{value & 0xFFFF:#x})")
 _EXPERIMENTERS: tuple[tuple[str, int, Callable[[int], str]], ...] = (
     ("skb_priority", 32, _hex),
     ("actset_output", 32, _port),

@@ -209,8 +209,10 @@ class LearnMatch:
         if not isinstance(self.source, int):
             return f"{self.target}={self.source}"
         of = fields.by_header(self.target.header)
-        if self.target != whole(of) or of in (fields.VLAN_VID, fields.VLAN_PCP, fields.IN_PORT_FIELD):
+        if self.target != whole(of) or of in (fields.VLAN_VID, fields.VLAN_PCP):
             return f"{self.target}={self.source:#x}"
+        if of is fields.IN_PORT_FIELD:
+            return f"in_port_oxm={of.show(self.source)}"
         return f"{of.ofctl}={of.show(self.source)}"
 
 

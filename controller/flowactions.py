@@ -51,13 +51,13 @@ from controller.flownames import (
     port,
     value_and_mask,
 )
-from controller.flowwrites import masked, moved, note, paired, written
+from controller.flowwrites import FOLLOWED, masked, moved, note, paired, written
 
 DEEPEST: Final = 32
 """So many actions inside each other are read. Open vSwitch has a limit as well, and nobody writes ten."""
 _LEARN_TABLE: Final = 1
 
-_KEY: Final = re.compile(r'"(?:[^"\\]|\\.)*"?|[^\s,:=("]+', re.S)
+_KEY: Final = re.compile(r'"(?:[^"\\]|\\.)*+"?|[^\s,:=("]+', re.S)
 _GAP: Final = re.compile(r"[\s,]*")
 _BRACKETS: Final = re.compile(r'"(?:[^"\\]|\\.)*"?|[()]', re.S)
 _ENDS: Final = re.compile(r'"(?:[^"\\]|\\.)*"?|[(),\s]', re.S)
@@ -205,7 +205,7 @@ class ActionReader:
         if word.separator:
             raise self._unknown(word)
         if word.name.startswith('"') or is_number(word.name) or name in PORT_WORDS:
-            return [_output(port(word.name, self.ports))]
+            return [self._to(word.name)]
         try:
             return [_output(self.ports[word.name])]
         except KeyError:
@@ -229,7 +229,12 @@ class ActionReader:
             return [Raw(text=f"output:{bits(where)}")]
         if not where:
             raise Refused(word.text, "a port", "Say where to: output:PORT.")
-        return [_output(port(where, self.ports))]
+        return [self._to(where)]
+
+    def _to(self, where: str) -> Action:
+        """TABLE starts anew in the first table, and other reserved numbers are nothing that we follow."""
+        number = port(where, self.ports)
+        return Raw(text=f"output:{where}") if number >= fields.RESERVED and number not in FOLLOWED else _output(number)
 
     def _controller(self, word: Word) -> list[Action]:
         if word.separator != "(":
@@ -245,7 +250,7 @@ class ActionReader:
     def _enqueue(self, word: Word) -> list[Action]:
         where, _, queue = word.argument.replace(",", ":").rpartition(":")
         number("queue", queue.strip(), 0xFFFFFFFF)
-        return [Aside(f"set_queue:{int(queue, 0)}"), _output(port(where.strip(), self.ports)), Aside("pop_queue")]
+        return [Aside(f"set_queue:{int(queue, 0)}"), self._to(where.strip()), Aside("pop_queue")]
 
     def _resubmit(self, word: Word) -> list[Action]:
         parts = [part.strip() for part in word.argument.split(",")] if word.separator == "(" else [word.argument]

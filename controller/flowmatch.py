@@ -8,7 +8,7 @@ we, and say so. Imports flownames, fields and flow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Final, NamedTuple
 
@@ -205,6 +205,8 @@ def read_head(words: list[str], ports: Mapping[str, int], faults: list[Refused],
         faults.append(
             Refused(found_word, "priority from 0 to 65535", "Only a dump shows what a switch hides above it.")
         )
+    if not dumped and "vlan_tci" in slots:
+        faults += _ambiguous(names["vlan_tci"], *slots["vlan_tci"])
     match = _match(slots, names, faults, unmet)
     eth_type, proto = slots.get("eth_type"), slots.get("nw_proto")
     return Head(
@@ -217,6 +219,16 @@ def read_head(words: list[str], ports: Mapping[str, int], faults: list[Refused],
         match,
         (eth_type[0] if eth_type else None, proto[0] if proto else None),
     )
+
+
+def _ambiguous(word: str, value: int, mask: int) -> Iterator[Refused]:
+    """What one version of OpenFlow carries and another does not: a dump shows what became of it, a file cannot."""
+    tagged = value & mask & _TAGGED
+    if mask == 0xFFFF and value and not tagged:
+        yield Refused(word, "a VLAN tag with the bit 0x1000", "Write dl_vlan, or add 0x1000; vlan_tci=0 is no tag.")
+    elif mask >> 13 and (mask >> 13 != 7 or not tagged) and not (mask == 0xFFFF and not value):
+        fix = "Write dl_vlan_pcp; how Open vSwitch takes other masks depends on the version of OpenFlow."
+        yield Refused(word, "a whole VLAN priority, beside a tag", fix)
 
 
 def _put(slots: dict[str, tuple[int, int]], place: str, value: int, mask: int, word: str) -> None:

@@ -120,6 +120,7 @@ TCP_FLAGS: Final = {n: 1 << i for i, n in enumerate(["fin", "syn", "rst", "psh",
     f"[{1 << i:x}]": 1 << i for i in range(9, 12)
 }
 CT_STATES: Final = {n: 1 << i for i, n in enumerate(["new", "est", "rel", "rpl", "inv", "trk", "snat", "dnat"])}
+_ALL_CT_STATES: Final = 0xFF
 _FLAGS: Final[dict[str, dict[str, int]]] = {"tcp_flags": TCP_FLAGS, "ct_state": CT_STATES, "tun_flags": {"oam": 1}}
 FRAGMENTS: Final = {"no": (0, 3), "yes": (1, 1), "first": (1, 3), "later": (3, 3), "not_later": (0, 2)}
 _SIGNED: Final = re.compile(r"[+-][^+-]+")
@@ -179,7 +180,7 @@ def _flags(of: Field, name: str, text: str) -> tuple[int, int]:
             raise Refused(f"{name}={text}", expected, "Write +flag-flag, or flag|flag for these and no other.")
         mask |= bit
         value |= 0 if word.startswith("-") else bit
-    return value, mask if signed else of.full
+    return value, mask if signed else _ALL_CT_STATES if of is fields.CT_STATE else of.full
 
 
 def value_and_mask(of: Field, name: str, text: str) -> tuple[int, int]:

@@ -5,7 +5,7 @@ or numbers), and what `ovs-appctl bridge/dump-flows` prints, hidden flows with i
 `ovs`, which `ofparse` uses: it knows only what a dump prints, leaves names and prerequisites unresolved, waves through
 what ovs-ofctl refuses, and has no word for several bits of a field; what is left to do after it is most of the work.
 `ofparse` reads the few fields that a state file may match; here every field is read and nothing may get lost. Imports
-flowmatch, flowactions, flownames, flow and problems.
+flowmatch, flowactions, flownames, flowwrites, flow and problems.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from controller.flow import Action, Flow
 from controller.flowactions import ActionReader
 from controller.flowmatch import Head, Unmet, read_head
 from controller.flownames import Refused
+from controller.flowwrites import settled
 from controller.problems import InvalidInput, Problem, Severity, error, warning
 
 LONGEST: Final = 1 << 16
@@ -29,8 +30,9 @@ _COMMAND: Final = re.compile(
     r"(?:flow\s+)?(add|modify|delete|modify_strict|delete_strict)(?=[\s,]|$)|(flow|group|meter)\s"
 )
 _SEPARATOR: Final = re.compile(r"[,\s]+")
-_HEAD_WORD: Final = re.compile(r'(?:[^\s,"(]|"(?:[^"\\]|\\.)*"?|\([^()]*\)?)+')
-_COMMENT: Final = re.compile(r'((?:[^"#]|"(?:[^"\\]|\\.)*"?)*)#.*', re.S)
+# Without going back (`*+`): a quote inside must not be read otherwise because what follows does not fit.
+_HEAD_WORD: Final = re.compile(r'(?:[^\s,"(]|"(?:[^"\\]|\\.)*+"?+|\([^()]*+\)?+)++', re.S)
+_COMMENT: Final = re.compile(r'((?:[^"#]|"(?:[^"\\]|\\.)*+"?+)*+)#.*', re.S)
 
 
 class Line(NamedTuple):
@@ -143,6 +145,7 @@ class _Reader:
         if done is None:
             done = self._known[key] = ActionReader(head, self.ports).read(text)
         actions, goto = done
+        actions = settled(actions, head.match)
         return Flow(
             head.table, head.priority, head.match, actions, goto, head.cookie, head.idle_s, head.hard_s, head.flags
         )

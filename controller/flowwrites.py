@@ -11,8 +11,10 @@ from typing import Final
 
 from controller import fields
 from controller.fields import Field
-from controller.flow import Action, Aside, Bits, Load, Move, SetField, whole
+from controller.flow import Action, Aside, Bits, Clone, Load, Match, Move, Raw, SetField, whole
 
+FOLLOWED: Final = frozenset((fields.IN_PORT, fields.NORMAL, fields.FLOOD, fields.ALL, fields.CONTROLLER, fields.LOCAL))
+"""The reserved ports of which it is known what an output to them does."""
 _LOAD_BITS: Final = 64
 """So many bits one load can write."""
 
@@ -88,3 +90,37 @@ def note(data: bytes) -> Aside:
     """A note, with the zeros that the switch puts behind it."""
     size = max(6, len(data) + (-(len(data) + 2) % 8))
     return Aside("note:" + ".".join(f"{byte:02x}" for byte in data.ljust(size, b"\0")))
+
+
+_NEEDS: Final = {
+    **dict.fromkeys((fields.IPV4_SRC.header, fields.IPV4_DST.header), ((0x0800,), None)),
+    **dict.fromkeys((fields.TCP_SRC.header, fields.TCP_DST.header), ((0x0800, 0x86DD), 6)),
+    **dict.fromkeys((fields.UDP_SRC.header, fields.UDP_DST.header), ((0x0800, 0x86DD), 17)),
+    **dict.fromkeys((fields.SCTP_SRC.header, fields.SCTP_DST.header), ((0x0800, 0x86DD), 132)),
+}
+"""The Ethernet types and the IP protocol that a packet must have for a write of these fields to do anything."""
+
+
+def settled(actions: tuple[Action, ...], match: Match) -> tuple[Action, ...]:
+    """The actions, with `Raw` for writes that Open vSwitch does to some of the packets only.
+
+    OpenFlow 1.0 lets `mod_nw_src` stand in a flow that matches anything: it is done to IPv4 packets then, and other
+    versions show it as `set_field`. Fields share places (`controller.verify.space`), so to do it to all is not more.
+    """
+    if not any(
+        (isinstance(action, SetField) and action.header in _NEEDS) or isinstance(action, Clone) for action in actions
+    ):
+        return actions
+    return tuple(_settle(action, match) for action in actions)
+
+
+def _settle(action: Action, match: Match) -> Action:
+    if isinstance(action, Clone):
+        return Clone(settled(action.actions, match))
+    needed = _NEEDS.get(action.header) if isinstance(action, SetField) else None
+    if needed is None:
+        return action
+    eth_type, proto = match.get(fields.ETH_TYPE), match.get(fields.IP_PROTO)
+    met = eth_type is not None and eth_type[0] in needed[0]
+    met = met and (needed[1] is None or (proto is not None and proto[0] == needed[1]))
+    return action if met else Raw(text=str(action))

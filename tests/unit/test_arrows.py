@@ -58,7 +58,7 @@ APART = {
     "flowwrites": {"fields", "flow"},
     "flowmatch": {"fields", "flow", "flownames"},
     "flowactions": {"fields", "flow", "flownames", "flowmatch", "flowwrites"},
-    "flowtext": {"problems", "flow", "flownames", "flowmatch", "flowactions"},
+    "flowtext": {"problems", "flow", "flownames", "flowmatch", "flowactions", "flowwrites"},
     "statefile": {"model", "problems", "statetext", "stateschema", "statederive", "ofrules"},
     "statederive": {"model", "problems", "statetext", "stateschema", "ofrules"},
     "ofrules": {"model", "problems", "ofparse"},

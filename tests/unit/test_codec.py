@@ -192,7 +192,7 @@ def test_every_field_can_be_matched_and_set(of: Field) -> None:
     match = Match.of([(of.header, of.full >> 1, of.full)])
     assert codec.decode_match(codec.encode_match(match), 0)[0] == match
     action = SetField(of.header, of.full >> 1)
-    assert decoded(codec.encode_action(action)) == (action,)
+    assert decoded(codec.encode_action(action), Match.named(**needs(of))) == (action,)
 
 
 def test_a_delete_is_strict_and_bound_to_its_cookie() -> None:
@@ -207,9 +207,9 @@ def test_a_delete_is_strict_and_bound_to_its_cookie() -> None:
 # ------------------------------------------------------------------------------------------------------------- actions
 
 
-def decoded(actions: bytes) -> tuple[Action, ...]:
+def decoded(actions: bytes, match: Match = Match()) -> tuple[Action, ...]:  # noqa: B008  (a value)
     """Actions as they come back in flow statistics."""
-    return codec.decode_flow_stats(entry(struct.pack("!HH4x", 4, 8 + len(actions)) + actions)).flow.actions
+    return codec.decode_flow_stats(entry(struct.pack("!HH4x", 4, 8 + len(actions)) + actions, match)).flow.actions
 
 
 def entry(instructions: bytes = b"", match: Match = Match()) -> bytes:  # noqa: B008  (a value)
