@@ -26,7 +26,7 @@ from controller.terminal import NO, columns, guarded, json_option, print_grid, p
 from controller.verify.gate import try_proof
 from controller.verify.lint import Remark, TableUse, crossings, lint, tables
 from controller.verify.node import Held, Node
-from controller.verify.prove import prove
+from controller.verify.prove import Finding, prove
 
 SAME = {"replies-astray": "vpn-replies-into-warp"}
 """What the reader of state files calls the same thing."""
@@ -205,16 +205,25 @@ def _against(state: DesiredState, held: Held) -> list[Remark]:
     assert bridge is not None
     declared = planned_ports(state, bridge)
     out = [remark for _, remark in crossings(state, Node({held.name: held}))]
+    found: dict[Flow, list[Finding]] = {}
     for finding in prove(state, bridge, declared, held.flows, most=FINDINGS):
-        example = finding.counterexample
-        if example is None or not example.way:
+        if finding.counterexample is None or not finding.counterexample.way:
             raise BulkheadError(f"{held.name}: {finding.text}")
-        text = f"{example.packet} leaves by {example.out_port}"
-        fix = f"{finding.text}. Take the flow away, or narrow it."
-        out.append(
-            Remark("not-allowed", Severity.ERROR, example.way[-1], "what the state allows, and no more", fix, text)
-        )
-    return out
+        found.setdefault(finding.counterexample.way[-1], []).append(finding)
+    return out + [_not_allowed(held, flow, findings) for flow, findings in found.items()]
+
+
+def _not_allowed(held: Held, flow: Flow, findings: list[Finding]) -> Remark:
+    """What of a flow the state does not allow: the ports, and a packet between the first two that are declared."""
+    findings.sort(key=lambda finding: finding.ports[0] not in held.numbers)
+    example = findings[0].counterexample
+    assert example is not None
+    pairs = ", ".join(" to ".join(finding.ports) for finding in findings[:6])
+    more = f" and {len(findings) - 6} more" if len(findings) > 6 else ""
+    fix = f"The state allows no such packets from {pairs}{more}. Take the flow away, or narrow it."
+    packet = f"in_port={example.in_port},{example.packet.partition(',')[2]}"
+    text = f"{packet} leaves by {example.out_port}"
+    return Remark("not-allowed", Severity.ERROR, flow, "what the state allows, and no more", fix, text)
 
 
 def _at(remark: Remark, dump: str, where: Mapping[int, tuple[int, str]]) -> Problem:

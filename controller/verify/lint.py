@@ -132,6 +132,11 @@ class _Linted:
             return self.ports.numbers(rule.ports)[:1]
         return [n for n in self.held.numbers.values() if n not in but and n != LOCAL] + [LOCAL]
 
+    def packet(self, number: int, header: int) -> str:
+        """A packet in words, its port by name where it has one."""
+        name = self.held.port(number)
+        return words(name if name.isidentifier() or "-" in name else number, header)
+
     def names(self, numbers: Iterable[int]) -> str:
         """Ports by name."""
         return ", ".join(sorted(self.held.port(number) for number in numbers))
@@ -264,7 +269,7 @@ def _overlap(linted: _Linted, rule: Rule) -> Iterator[Remark]:
             continue
         number = linted.in_port(other if rule.ports == ANY_PORT else rule)
         fix = f"'{other.flow}' has the same priority and meets it: which of them wins is undefined. Give them different ones."
-        example = f"{words(number, header)} matches both"
+        example = f"{linted.packet(number, header)} matches both"
         yield Remark(
             "overlap", Severity.ERROR, flow, "one flow of that priority for a packet", fix, example, other.flow
         )
@@ -330,10 +335,11 @@ def _astray(linted: _Linted, rule: Rule) -> Iterator[Remark]:
     if port is None or not _names(rule, _DST) or protocol not in _PROTOCOLS or flow in linted.dead:
         return
     service = get(rule.cube[0], _DST)
-    answer = bits(fields.ETH_TYPE, 0x0800)[0] | bits(fields.IP_PROTO, protocol)[0] | bits(_SRC, service)[0]
-    answer |= bits(fields.IPV4_DST, SOMEBODY)[0] | bits(_DST, 40000)[0]
-    if _mask(rule, fields.IPV4_DST) == fields.IPV4_DST.full:
-        answer |= bits(fields.IPV4_SRC, get(rule.cube[0], fields.IPV4_DST))[0]
+    own = get(rule.cube[0], fields.IPV4_DST) if _mask(rule, fields.IPV4_DST) == fields.IPV4_DST.full else None
+    answer = _ADDRESSED[0] | bits(fields.IPV4_DST, SOMEBODY)[0] | bits(fields.IP_PROTO, protocol)[0]
+    answer |= bits(_SRC, service)[0] | bits(_DST, 40000)[0]
+    if own is not None:
+        answer = answer & ~bits(fields.IPV4_SRC, 0)[1] | bits(fields.IPV4_SRC, own)[0]
     leaves = {number for number, _ in linted.walker.follow(port, answer).sent}
     clients = (
         set(linted.ports.numbers(rule.ports)) if rule.ports != ANY_PORT else set(linted.held.numbers.values()) - {port}
@@ -342,7 +348,7 @@ def _astray(linted: _Linted, rule: Rule) -> Iterator[Remark]:
         return
     what = f"{_PROTOCOLS[protocol]} port {service}"
     fix = f"Clients of {what} come in by {linted.names(clients)}, and its answers leave by {linted.names(leaves)} alone: most never get them."
-    example = f"{words(port, answer)} leaves by {linted.names(leaves)}"
+    example = f"{linted.packet(port, answer)} leaves by {linted.names(leaves)}"
     yield Remark("replies-astray", Severity.ERROR, flow, "answers that return the way their clients came", fix, example)
 
 
@@ -359,7 +365,7 @@ def _fragments(linted: _Linted, rule: Rule) -> Iterator[Remark]:
     if leaves and flow.table == 0:
         where = "any port" if ANYWHERE in leaves else linted.names(leaves)
         fix = "Later fragments show no ports, so they pass it. Drop them too (nw_frag=later), or allow by port and drop the rest."
-        example = f"{words(number, piece)} leaves by {where}"
+        example = f"{linted.packet(number, piece)} leaves by {where}"
         yield Remark("fragments-pass", Severity.WARNING, flow, "a drop that fragments do not pass", fix, example)
 
 
@@ -386,7 +392,7 @@ def _shown(linted: _Linted, rule: Rule, *more: Cube, then: str, but: Collection[
     for number in linted.in_ports(rule, but):
         header = linted.example(rule, *more, port=number)
         if header is not None:
-            return f"{words(number, header)} {then}"
+            return f"{linted.packet(number, header)} {then}"
     return ""
 
 
@@ -447,8 +453,7 @@ def _crossing(
         flow = next((hop.flow for hop in reversed(arrival.way) if hop.flow is not None), None)
         if header is None or flow is None or arrival.end == start:
             continue
-        number = node.bridges[start[0]].numbers[start[1]]
-        example = f"{words(number, header)} leaves by {arrival.end[1]} of {arrival.end[0]}"
+        example = f"{words(start[1], header)} leaves by {arrival.end[1]} of {arrival.end[0]}"
         fix = (
             f"What {network.name} sends to {name}'s {prefix} must drop; only a grant opens a way. Add a drop above it."
         )

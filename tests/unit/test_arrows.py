@@ -24,6 +24,7 @@ RANKS = (
     ("apps",),
     ("compile", "diff", "codec", "packets"),
     ("verify",),
+    ("ovsctl",),
     ("signals", "offenders"),
     ("reconcile",),
     ("switch",),
@@ -35,7 +36,7 @@ RANKS = (
     ("shell",),
     ("terminal",),
     ("lab",),
-    ("hostcli",),
+    ("checkcli", "hostcli", "proofcli"),
     ("cli",),
     ("__main__",),
 )
