@@ -357,8 +357,7 @@ class Explorer:
             if not left.owned:
                 left = left._replace(owned=self.owned(left))
             if keep is not None and len(rest) > keep:
-                widest = sorted(dict.fromkeys(rest), key=lambda m: m[1].bit_count())[:keep]
-                left = left._replace(minus=tuple(widest))
+                left = left._replace(minus=_widest(rest, keep))
             yield rule, left
 
     def perform(
@@ -565,6 +564,22 @@ def _merge(a: Region, b: Region) -> Region:
     cube = a.cube if a.cube == b.cube else space.hull(a.cube, b.cube)
     minus = tuple(m for m in dict.fromkeys((*a.minus, *b.minus)) if _lacks(a, m) and _lacks(b, m))
     return Region(a.ports | b.ports, cube, minus, a.owned and b.owned)
+
+
+def _widest(cubes: Iterable[Cube], most: int) -> tuple[Cube, ...]:
+    """The cubes with the fewest bits, as many as there may be, but all of one width or none.
+
+    Of hundreds of single addresses some help nobody, and make the region another with each that comes or goes.
+    """
+    widths: dict[int, list[Cube]] = {}
+    for cube in dict.fromkeys(cubes):
+        widths.setdefault(cube[1].bit_count(), []).append(cube)
+    out: list[Cube] = []
+    for _, group in sorted(widths.items()):
+        if len(out) + len(group) > most:
+            break
+        out += group
+    return tuple(out)
 
 
 def _propagate(cube: Cube, minus: list[Cube]) -> tuple[Cube, tuple[Cube, ...]]:

@@ -231,22 +231,32 @@ class _Proof:
         if len(before) + len(new) > len(flows) or any(key in before for key, _ in new):
             changed = dict(new)
             gone = [self.by_key.pop(key) for key in before if key not in flows or key in changed]
+        others = alike ^ self.ports.alike
+        lost: list[Region] = []
+        more: list[int] = []
+        for number in self.policy.senders.keys() | old.senders.keys():
+            was, now = old.senders.get(number), self.policy.senders.get(number)
+            if was is None or now is None or not was.among.within(now.among):
+                others |= self.ports.one(number) if was != now else 0
+                continue
+            # What may not come from there any more is followed by itself, as nobody's own. Kept regions that hold such
+            # packets as their port's own do no harm: wherever these really get to they are in this one's too.
+            lost += [Region(self.ports.one(number), both(c, ENTERING)) for c in now.but.beyond(was.but)]
+            more += [number] if was.among != now.among else []
+        self.reached.forget(others)
         added = self.reached.change(gone, [flow for _, flow in new])
         self.by_key |= {rule.flow.key: rule for rule in added}
-        fresh = self.ports.all & ~self._entering
-        if fresh:
-            self.reached.start(Region(fresh, ENTERING))
-            self._entering |= fresh
-        numbers = self.policy.senders.keys() | old.senders.keys()
-        senders = [n for n in numbers if self.policy.senders.get(n) != old.senders.get(n)]
-        again = alike ^ self.ports.alike
-        for number in senders:
-            again |= self.ports.one(number)
-        if again:
-            self.reached.again(again)
+        entering = self.ports.all & ~self._entering | others
+        if entering:
+            self._entering |= entering
+            self.reached.enter(Region(entering, ENTERING))
+        for region in lost:
+            self.reached.again(region)
+        for number in more:
+            self.reached.learn_again(number)
         for number in self.policy.receives.keys() | old.receives.keys():
-            theirs, now = old.receives.get(number, ()), self.policy.receives.get(number, ())
-            if theirs is not now and theirs != now and not all(any(a.within(b) for b in now) for a in theirs):
+            before_, may = old.receives.get(number, ()), self.policy.receives.get(number, ())
+            if before_ is not may and before_ != may and not all(any(a.within(b) for b in may) for a in before_):
                 self.reached.judge_again(number)
 
     def _judge(self, sent: Sent) -> None:

@@ -150,12 +150,37 @@ class Reached:
         self._run()
         return new
 
-    def again(self, ports: int) -> None:
-        """What these ports may do has changed: follow their packets again, where they are still told apart."""
-        for node in list(self._places.values()):
-            self._again(node, [r._replace(ports=r.ports & ports) for r in node.regions if r.ports & ports])
-        for number in self.explorer.ports.numbers(ports):
+    def forget(self, ports: int) -> None:
+        """Forget what packets of these ports can do: it has to be found out again with `enter`.
+
+        A region is as good without them: what its other packets can do was found out for each by itself.
+        """
+        for node in self._places.values():
+            node.regions = _without(node.regions, ports)
+            node.pending = _without(node.pending, ports)
+        for learned in self._learned.values():
+            for key, regions in learned.items():
+                learned[key] = _without(regions, ports)
+        for horizon in self._horizons.values():
+            horizon.folded &= ~ports
+
+    def enter(self, region: Region) -> None:
+        """Packets of `region`, whose ports are new or forgotten, may enter. Raises as `start`."""
+        self.start(region)
+        for number in self.explorer.ports.numbers(region.ports):
             self._learn_again(number)
+        self._run()
+
+    def again(self, region: Region) -> None:
+        """What packets of `region`, which may enter already, may do has become less: follow them again from there."""
+        root = self._node(Place(0))
+        if root is not None:
+            self._again(root, [region])
+            self._run()
+
+    def learn_again(self, number: int) -> None:
+        """What a port's packets could make `learn` install has changed."""
+        self._learn_again(number)
         self._run()
 
     def judge_again(self, number: int) -> None:
@@ -388,6 +413,14 @@ def _take(regions: list[Region], region: Region) -> list[Region]:
         whole = _around(whole, other)
     regions[:] = [whole]
     return [whole]
+
+
+def _without(regions: list[Region], ports: int) -> list[Region]:
+    """The regions without packets of some ports."""
+    if not any(region.ports & ports for region in regions):
+        return regions
+    left = (region._replace(ports=region.ports & ~ports) for region in regions)
+    return [region for region in left if region.ports]
 
 
 def _within(region: Region, other: Region) -> bool:

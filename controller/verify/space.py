@@ -148,6 +148,12 @@ class CubeSet:
                 return True
         return False
 
+    def beyond(self, other: CubeSet) -> Iterator[Cube]:
+        """Those that are not one of the others."""
+        for mask, values in self._groups.items():
+            for value in values - other._groups.get(mask, set()):
+                yield value, mask
+
     def within(self, other: CubeSet) -> bool:
         """Whether each of these is one of the others."""
         return all(values <= other._groups.get(mask, set()) for mask, values in self._groups.items())
