@@ -394,8 +394,9 @@ def _parts_at(data: bytes, at: int, width: int) -> list[tuple[int, int, int]]:
 def _decode_learn(data: bytes) -> Learn:
     """Both forms; the older one has no limit. Some that a switch may hold are more than `Learn` can say."""
     head = _LEARN if data[9] == 45 else _OLD_LEARN
-    idle, hard, priority, cookie, flags, table, fin_idle, fin_hard, limit = (*head.unpack_from(data)[4:13], 0)[:9]
-    if flags & ~(SEND_FLOW_REM | DELETE_LEARNED):
+    parts = (*head.unpack_from(data)[4:], 0, 0, 0)
+    idle, hard, priority, cookie, flags, table, fin_idle, fin_hard, limit = parts[:9]
+    if flags & ~(SEND_FLOW_REM | DELETE_LEARNED) or any(parts[9:11]):
         raise CodecError("a learn action that writes its result")
     specs: list[LearnSpec] = []
     at = head.size

@@ -24,7 +24,7 @@ from controller.problems import InvalidInput, Problem, Severity, error, warning
 LONGEST: Final = 1 << 16
 """Characters of the longest line that is read. OpenFlow has no message longer than as many bytes."""
 
-_REPLY: Final = re.compile(r"(?:NXST|OFPST|NXT|OFPT)_FLOW\S* reply\b.*")
+_REPLY: Final = re.compile(r"(?:NXST|OFPST)_FLOW reply\b[^,=]*(?:\(xid=0x[0-9a-f]+\))?[^,=]*:")
 _ACTIONS: Final = re.compile(r"(?:^|[\s,])actions?\s*=")
 _COMMAND: Final = re.compile(
     r"(?:flow\s+)?(add|modify|delete|modify_strict|delete_strict)(?=[\s,]|$)|(flow|group|meter)\s"
@@ -174,11 +174,16 @@ def _split(text: str) -> tuple[str, str]:
     if command is not None:
         fix = "Give the flows that are there, one a line: write them without a command, or dump them."
         raise Refused(text, f"a flow, not the command {(command[1] or command[2])!r}", fix, "unsupported")
-    found = _ACTIONS.search(text)
+    found = next((found for found in _ACTIONS.finditer(text) if _outside_quotes(text, found.start())), None)
     if found is None:
         fix = "Say what to do: actions=drop, or actions=output:PORT."
         raise Refused(text, "a flow with actions=", fix)
     return text[: found.start()], text[found.end() :].strip()
+
+
+def _outside_quotes(text: str, at: int) -> bool:
+    """Names of ports are somebody else's to choose: one may hold whatever a flow does."""
+    return not (text.count('"', 0, at) - text.count('\\"', 0, at)) % 2
 
 
 def _short(text: str) -> str:
