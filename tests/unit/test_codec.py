@@ -442,6 +442,17 @@ def test_a_learn_action_that_is_not_quite_ours_never_equals_ours() -> None:
     assert len(seen) == 11 and (LEARNS[0],) in seen
 
 
+def test_actions_inside_each_other_are_read_so_deep_and_no_deeper() -> None:
+    data = b""
+    for _ in range(2000):
+        data = struct.pack("!HHIH6x", 0xFFFF, 16 + len(data), 0x2320, 42) + data
+    (action,) = decoded(data)
+    depth = 0
+    while isinstance(action, Clone):
+        (action,), depth = action.actions, depth + 1
+    assert isinstance(action, Raw) and depth == 32
+
+
 def test_ethernet_is_no_match_and_tcp_flags_have_an_experimenters_number() -> None:
     """As Open vSwitch answers: OpenFlow 1.5's packet type, and ONF's TCP flags of 1.3 and 1.4."""
     ethernet = struct.pack("!IHH", 0x8000 << 16 | 44 << 9 | 4, 0, 0)

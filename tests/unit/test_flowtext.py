@@ -380,7 +380,10 @@ def test_what_ovs_ofctl_prints_and_takes_is_read(text: str) -> None:
     match = Match.named(in_port=1, eth_type=IP, ip_proto=6, ipv4_src=(0x0A000000, 0xFFFFFF00), tcp_dst=80)
     actions = (SetField(fields.TCP_DST.header, 81), Output(2))
     first = Flow(3, 100, match, actions, None, 0xB01C000000000001, 300, 600)
-    assert read == ReadFlows((first, Flow(0, 0, Match())), (), read.lines)
+    assert read == ReadFlows((first, Flow(0, 0, Match())), read.problems, read.lines)
+    assert [(problem.code, problem.path) for problem in read.problems] == (
+        [("old-dump", "flows:1")] if text is OF10 else []
+    )
     assert [line.number for line in read.lines] == [2, 4 if text is FILE else 3]
     assert read.lines[1].text.endswith("actions=drop")
 
