@@ -394,8 +394,9 @@ def _parts_at(data: bytes, at: int, width: int) -> list[tuple[int, int, int]]:
 def _decode_learn(data: bytes) -> Learn:
     """Both forms; the older one has no limit. Some that a switch may hold are more than `Learn` can say."""
     head = _LEARN if data[9] == 45 else _OLD_LEARN
-    idle, hard, priority, cookie, flags, table, fin_idle, fin_hard, limit = (*head.unpack_from(data)[4:13], 0)[:9]
-    if flags & ~(SEND_FLOW_REM | DELETE_LEARNED):
+    parts = (*head.unpack_from(data)[4:], 0, 0, 0)
+    idle, hard, priority, cookie, flags, table, fin_idle, fin_hard, limit = parts[:9]
+    if flags & ~(SEND_FLOW_REM | DELETE_LEARNED) or any(parts[9:11]):
         raise CodecError("a learn action that writes its result")
     specs: list[LearnSpec] = []
     at = head.size
@@ -440,8 +441,12 @@ def _decode_spec(data: bytes, at: int, head: int, specs: list[LearnSpec]) -> int
     return at + 6
 
 
+_DEEPEST = 32
+"""So many actions inside each other are read; a switch may send more than anybody can."""
+
+
 @lru_cache(maxsize=1 << 14)
-def _decode_action(data: bytes) -> tuple[Action, ...]:
+def _decode_action(data: bytes, depth: int) -> tuple[Action, ...]:
     """One action on the wire. Several of ours where it writes several fields, or bits that are no run."""
     try:
         (kind,) = struct.unpack_from("!H", data)
@@ -455,7 +460,7 @@ def _decode_action(data: bytes) -> tuple[Action, ...]:
         elif kind == 0xFFFF:
             vendor, subtype = struct.unpack_from("!IH", data, 4)
             if vendor == NICIRA:
-                found = _decode_nicira(subtype, data)
+                found = _decode_nicira(subtype, data, depth)
         elif kind in (18, 24):
             found = PopVlan() if kind == 18 else DecTtl()
         elif kind == 21:
@@ -482,7 +487,7 @@ def _decode_set_field(data: bytes) -> list[Action] | None:
     return written(Bits(of.header, 0, of.bits), int.from_bytes(data[8 : 8 + size], "big"))
 
 
-def _decode_nicira(subtype: int, data: bytes) -> list[Action] | Action | None:
+def _decode_nicira(subtype: int, data: bytes, depth: int) -> list[Action] | Action | None:
     if subtype == 6:
         width, source_start, target_start, source, target = struct.unpack_from("!HHHII", data, 10)
         return moved(_run(source, source_start, width), _run(target, target_start, width))
@@ -495,7 +500,7 @@ def _decode_nicira(subtype: int, data: bytes) -> list[Action] | Action | None:
             return Resubmit(table)
     if subtype in (16, 45):
         return _decode_learn(data)
-    return _decode_foreign(subtype, data)
+    return _decode_foreign(subtype, data, depth)
 
 
 def _run(header: int, start: int, width: int) -> Bits:
@@ -504,12 +509,14 @@ def _run(header: int, start: int, width: int) -> Bits:
     return Bits(header, start, width)
 
 
-def _decode_foreign(subtype: int, data: bytes) -> Action | None:
+def _decode_foreign(subtype: int, data: bytes, depth: int) -> Action | None:
     """Actions that no flow of ours has."""
+    if subtype in (35, 42) and depth >= _DEEPEST:
+        return None
     if subtype == 35:
-        return _decode_ct(data)
+        return _decode_ct(data, depth)
     if subtype == 42:
-        return Clone(tuple(_split_actions(data[16:])))
+        return Clone(tuple(_split_actions(data[16:], depth + 1)))
     if subtype == 39:
         port, max_len = struct.unpack_from("!HI", data, 10)
         return Output(port | 0xFFFF0000 if port >= 0xFF00 else port, max_len)
@@ -519,7 +526,7 @@ def _decode_foreign(subtype: int, data: bytes) -> Action | None:
     return known.get(subtype)
 
 
-def _decode_ct(data: bytes) -> Ct | None:
+def _decode_ct(data: bytes, depth: int) -> Ct | None:
     flags, source, place, table, helper = struct.unpack_from("!HIHB3xH", data, 10)
     if helper or flags & ~(_COMMIT | _FORCE):
         return None  # a helper lets connections in that are related to this one
@@ -537,7 +544,7 @@ def _decode_ct(data: bytes) -> Ct | None:
                 return None
             nat = _decode_nat(one)
         else:
-            actions += _decode_action(one)
+            actions += _decode_action(one, depth + 1)
     known = None if table == _NO_TABLE else table
     return Ct(zone, known, bool(flags & _COMMIT), bool(flags & _FORCE), nat, tuple(actions))
 
@@ -607,9 +614,9 @@ def _cut_instructions(data: bytes) -> Iterator[tuple[int, bytes]]:
         at += size
 
 
-def _split_actions(data: bytes) -> Iterator[Action]:
+def _split_actions(data: bytes, depth: int = 0) -> Iterator[Action]:
     for one in _cut_actions(data):
-        yield from _decode_action(one)
+        yield from _decode_action(one, depth)
 
 
 def _cut_actions(data: bytes) -> Iterator[bytes]:

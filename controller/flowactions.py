@@ -72,18 +72,18 @@ _RAW: Final = frozenset((
 
 
 class Word(NamedTuple):
-    """One action as it is written: its name, what separates that from the argument, and the argument."""
+    """One action as it is written: its name, what separates that from the argument, the argument, and `->FIELD`."""
 
     name: str
     separator: str
     argument: str
+    target: str = ""
 
     @property
     def text(self) -> str:
         """As it was written."""
         if self.separator == "(":
-            inner, _, behind = self.argument.partition("\0")
-            return f"{self.name}({inner}){behind}"
+            return f"{self.name}({self.argument}){self.target}"
         return f"{self.name}{self.separator}{self.argument}"
 
 
@@ -103,11 +103,10 @@ def words(text: str) -> Iterator[Word]:
         if separator == "(":
             start, at = at + 1, _closing(text, at)
             argument = text[start:at]
-            at += 1
-            if text.startswith("->", at):
-                end = _end(text, at)
-                argument, at = f"{argument}\0{text[at:end]}", end
-            yield Word(key[0], "(", argument)
+            target, at = at + 1, _end(text, at + 1)
+            if target != at and key[0].lower() != "check_pkt_larger":
+                raise Refused(text[target - 1 : at][:40], "nothing behind a parenthesis", "Put a comma there.")
+            yield Word(key[0], "(", argument, text[target:at])
         elif separator and separator in ":=":
             start, at = at + 1, _end(text, at + 1)
             yield Word(key[0], separator, text[start:at])
@@ -149,7 +148,7 @@ class ActionReader:
     def __init__(self, head: Head, ports: Mapping[str, int]) -> None:
         self.ports = ports
         self.protocol = head.protocol
-        self.untagged = _untagged(head.match)
+        self.tagged = _tagged(head.match)
         self.table = head.table
         self.goto: int | None = None
 
@@ -183,15 +182,19 @@ class ActionReader:
         return out
 
     def _follow(self, done: list[Action]) -> None:
-        """Whether a packet that had no VLAN tag still has none."""
+        """Whether the packet has a VLAN tag from here on, None where that is not known."""
         for action in done:
             match action:
                 case Output() | Aside() | CtClear() | DecTtl() | Learn() | Clone():
                     pass
                 case SetField(header) | Load(target=Bits(header)) | Move(target=Bits(header)) if header not in _TAG:
                     pass
+                case SetField(fields.VLAN_VID.header, value):
+                    self.tagged = bool(value & _TAG_BIT)
+                case SetField(fields.VLAN_PCP.header) | Load(1, Bits(fields.VLAN_VID.header, 12, 1)):
+                    self.tagged = self.tagged or None
                 case _:
-                    self.untagged = False
+                    self.tagged = None
 
     def _action(self, word: Word, depth: int) -> list[Action]:
         name = word.name.lower()
@@ -273,9 +276,9 @@ class ActionReader:
         return []
 
     def _clone(self, word: Word, depth: int) -> Action:
-        untagged, goto = self.untagged, self.goto
+        tagged, goto = self.tagged, self.goto
         inner = self._list(word.argument, depth + 1)
-        self.untagged = untagged
+        self.tagged = tagged
         if self.goto != goto:
             raise Refused(word.text, "no goto_table inside clone", "Use resubmit.")
         return Clone(tuple(inner))
@@ -369,15 +372,15 @@ class ActionReader:
     def _mod_vlan(self, word: Word) -> list[Action]:
         """Both give a packet a tag that has none."""
         if word.name.lower().endswith("vid"):
-            return [SetField(fields.VLAN_VID.header, 0x1000 | number(word.name, word.argument, 0xFFF))]
-        value = number(word.name, word.argument, 7)
-        return [Load(1, Bits(fields.VLAN_VID.header, 12, 1)), SetField(fields.VLAN_PCP.header, value)]
+            return [SetField(fields.VLAN_VID.header, _TAG_BIT | number(word.name, word.argument, 0xFFF))]
+        pcp = SetField(fields.VLAN_PCP.header, number(word.name, word.argument, 7))
+        return [pcp] if self.tagged else [Load(1, Bits(fields.VLAN_VID.header, 12, 1)), pcp]
 
     def _push_vlan(self, word: Word) -> list[Action]:
         """Exact only for a packet without a tag: an inner tag we do not follow."""
         kind = number(word.name, word.argument, 0xFFFF)
-        if kind == 0x8100 and self.untagged:
-            return [SetField(fields.VLAN_VID.header, 0x1000)]
+        if kind == 0x8100 and self.tagged is False:
+            return [SetField(fields.VLAN_VID.header, _TAG_BIT)]
         return [Raw(text=f"push_vlan:{kind:#06x}")]
 
     # -------------------------------------------------------------------------------------------------------- the rest
@@ -413,9 +416,13 @@ class ActionReader:
 _TAG: Final = frozenset((fields.VLAN_VID.header, fields.VLAN_PCP.header))
 
 
-def _untagged(match: Match) -> bool:
+_TAG_BIT: Final = 0x1000
+"""Of the 13 bits of a VLAN id: there is a tag."""
+
+
+def _tagged(match: Match) -> bool | None:
     value, mask = match.get(fields.VLAN_VID) or (0, 0)
-    return bool(mask & 0x1000) and not value & 0x1000
+    return bool(value & _TAG_BIT) if mask & _TAG_BIT else None
 
 
 def _output(number: int) -> Output:

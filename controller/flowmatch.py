@@ -23,7 +23,7 @@ _HIGHEST_HIDDEN: Final = 0x7FFFFFFF
 IP, ARP, RARP, IPV6 = 0x0800, 0x0806, 0x8035, 0x86DD
 MPLS: Final = (0x8847, 0x8848)
 ICMP, TCP, UDP, ICMPV6, SCTP = 1, 6, 17, 58, 132
-_ECHO_OF_NEIGHBOURS: Final = {"arp_sha": 135, "arp_tha": 136}
+_NEIGHBOUR_TYPES: Final = {"arp_sha": 135, "arp_tha": 136}
 
 _PROTOCOLS: Final[dict[str, tuple[int, int | None]]] = {
     "ip": (IP, None), "arp": (ARP, None), "rarp": (RARP, None), "ipv6": (IPV6, None), "mpls": (MPLS[0], None),
@@ -332,7 +332,7 @@ class _Prerequisites:
         if place in ("arp_sha", "arp_tha"):
             if eth_type in (ARP, RARP):
                 return _PLAIN[place], ""
-            if self._neighbour() == _ECHO_OF_NEIGHBOURS[place]:
+            if self._neighbour() == _NEIGHBOUR_TYPES[place]:
                 return (fields.ND_SLL if place == "arp_sha" else fields.ND_TLL), ""
             return None, "arp, or icmp6 with its type"
         if place == "nd_target":

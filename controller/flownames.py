@@ -50,7 +50,10 @@ def is_number(text: str) -> bool:
 
 def close(word: str, known: Iterable[str]) -> str:
     """A hint at what `word` may have been meant to be, empty where nothing is near."""
-    near = difflib.get_close_matches(word[:40], list(known), n=2)
+    word = word[:40]
+    # Comparing is slow, and a text may have ten thousand bad lines.
+    alike = {name for name in known if abs(len(name) - len(word)) < 3 and name[:1] == word[:1]}
+    near = difflib.get_close_matches(word, sorted(alike), n=2)
     return f"Did you mean {' or '.join(near)}? " if near else ""
 
 

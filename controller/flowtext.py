@@ -2,7 +2,7 @@
 
 Taken are files for `ovs-ofctl add-flows`, what `ovs-ofctl dump-flows` prints (any OpenFlow version, with names of ports
 or numbers), and what `ovs-appctl bridge/dump-flows` prints, hidden flows with it. Why not `ovs.flow` of the PyPI package
-`ovs`, which `ofparse` uses: it knows only what a dump prints, leaves names and prerequisites unresolved, waves through
+`ovs`, which `ofparse` uses? It knows only what a dump prints, leaves names and prerequisites unresolved, waves through
 what ovs-ofctl refuses, and has no word for several bits of a field; what is left to do after it is most of the work.
 `ofparse` reads the few fields that a state file may match; here every field is read and nothing may get lost. Imports
 flowmatch, flowactions, flownames, flowwrites, flow and problems.
@@ -24,7 +24,8 @@ from controller.problems import InvalidInput, Problem, Severity, error, warning
 LONGEST: Final = 1 << 16
 """Characters of the longest line that is read. OpenFlow has no message longer than as many bytes."""
 
-_REPLY: Final = re.compile(r"(?:NXST|OFPST|NXT|OFPT)_FLOW\S* reply\b.*")
+_REPLY: Final = re.compile(r"(?:NXST|OFPST)_FLOW reply\b[^,=]*(?:\(xid=0x[0-9a-f]+\))?[^,=]*:")
+_OLD_REPLY: Final = re.compile(r"^\s*(NXST_FLOW reply)", re.M)
 _ACTIONS: Final = re.compile(r"(?:^|[\s,])actions?\s*=")
 _COMMAND: Final = re.compile(
     r"(?:flow\s+)?(add|modify|delete|modify_strict|delete_strict)(?=[\s,]|$)|(flow|group|meter)\s"
@@ -63,10 +64,12 @@ def read_flow(text: str, ports: Mapping[str, int]) -> Flow:
 def read_flows(text: str, ports: Mapping[str, int], source: str = "flows") -> ReadFlows:
     """All flows of a text, one a line. Lines that say what is being dumped, comments and empty lines are passed over.
 
-    `ports` gives numbers to names of ports. Raises `InvalidInput` with every bad line; the path is `source:line`.
+    A dump of OpenFlow 1.0 is no proof of what the switch holds: there is a warning for it. `ports` gives numbers to names of ports. Raises `InvalidInput` with every bad line; the path is `source:line`.
     """
     reader = _Reader(ports, source)
     flows, lines = [], []
+    if (old := _OLD_REPLY.search(text)) is not None:
+        reader.problems.append(_old_dump(f"{source}:{text.count(chr(10), 0, old.start(1)) + 1}"))
     for number, line in _lines(text):
         flow = reader.flow(number, line)
         if flow is not None:
@@ -74,6 +77,17 @@ def read_flows(text: str, ports: Mapping[str, int], source: str = "flows") -> Re
             lines.append(Line(number, line))
     reader.refuse()
     return ReadFlows(tuple(flows), tuple(reader.problems), tuple(lines))
+
+
+def _old_dump(path: str) -> Problem:
+    """Open vSwitch 3.1 shows `write_actions(output:1),goto_table:5` as `resubmit(,5)` there."""
+    return warning(
+        "old-dump",
+        path,
+        "a dump of OpenFlow 1.0, which leaves out what that version has no words for (write_actions, push_vlan)",
+        "a dump that tells everything",
+        "Dump with ovs-ofctl -O OpenFlow14 dump-flows, or with ovs-appctl bridge/dump-flows.",
+    )
 
 
 class _Invented(dict[str, int]):
@@ -140,7 +154,7 @@ class _Reader:
         return flow
 
     def _flow(self, head: Head, text: str) -> Flow:
-        key = (text, head.protocol, head.table, head.match if "push_vlan" in text else None)
+        key = (text, head.protocol, head.table, head.match if "vlan" in text.lower() else None)
         done = self._known.get(key)
         if done is None:
             done = self._known[key] = ActionReader(head, self.ports).read(text)
@@ -174,11 +188,16 @@ def _split(text: str) -> tuple[str, str]:
     if command is not None:
         fix = "Give the flows that are there, one a line: write them without a command, or dump them."
         raise Refused(text, f"a flow, not the command {(command[1] or command[2])!r}", fix, "unsupported")
-    found = _ACTIONS.search(text)
+    found = next((found for found in _ACTIONS.finditer(text) if _outside_quotes(text, found.start())), None)
     if found is None:
         fix = "Say what to do: actions=drop, or actions=output:PORT."
         raise Refused(text, "a flow with actions=", fix)
     return text[: found.start()], text[found.end() :].strip()
+
+
+def _outside_quotes(text: str, at: int) -> bool:
+    """Names of ports are somebody else's to choose: one may hold whatever a flow does."""
+    return not (text.count('"', 0, at) - text.count('\\"', 0, at)) % 2
 
 
 def _short(text: str) -> str:
