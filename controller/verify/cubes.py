@@ -7,13 +7,18 @@ in its time is `Exhausted`: the caller must take it for "not proved". Imports sp
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from controller.problems import BulkheadError
 from controller.verify.space import Cube, inside
 
-STEPS = 20_000
-"""Splits and propagations the first engine may use for one question."""
+STEPS = 200_000
+"""Clauses that the first engine may look at for one question, some tenths of a second."""
+STEPS_A_MS = 1000
+"""About as many are looked at in a millisecond."""
 SOLVER_MS = 5_000
 """Time for the second engine, in milliseconds."""
 
@@ -22,7 +27,22 @@ class Exhausted(BulkheadError):
     """Neither engine could decide within its budget."""
 
 
-def witness(cube: Cube, negatives: Iterable[Cube]) -> int | None:
+@dataclass(slots=True)
+class Meter:
+    """Counts the work of many questions that belong together, about a million steps a second. `left` bounds it."""
+
+    left: float = math.inf
+    spent: float = 0
+
+    def spend(self, steps: float) -> None:
+        """Raises `Exhausted` when more has been spent than there was."""
+        self.spent += steps
+        self.left -= steps
+        if self.left < 0:
+            raise Exhausted("the flows overlap each other too much to be taken apart in time")
+
+
+def witness(cube: Cube, negatives: Iterable[Cube], meter: Meter | None = None) -> int | None:
     """A header in `cube` and in none of `negatives`, or None where there is none. Free bits are 0 where they may be.
 
     Raises `Exhausted`.
@@ -36,13 +56,21 @@ def witness(cube: Cube, negatives: Iterable[Cube]) -> int | None:
         clauses.append(negative)
     if not clauses:
         return cube[0]
+    meter = meter or Meter()
+    budget = Meter(STEPS)
     try:
-        return _search(cube, clauses, [STEPS])
+        return _search(cube, clauses, budget)
     except Exhausted:
-        return solve(cube, clauses)
+        begun = time.monotonic()
+        try:
+            return solve(cube, clauses, min(SOLVER_MS, meter.left / STEPS_A_MS))
+        finally:
+            meter.spend((time.monotonic() - begun) * 1000 * STEPS_A_MS)
+    finally:
+        meter.spend(budget.spent)
 
 
-def empty(cube: Cube, negatives: Iterable[Cube]) -> bool:
+def empty(cube: Cube, negatives: Iterable[Cube], meter: Meter | None = None) -> bool:
     """Whether `negatives` cover `cube`. Raises `Exhausted`."""
     value, mask = cube
     share = 0.0
@@ -56,15 +84,13 @@ def empty(cube: Cube, negatives: Iterable[Cube]) -> bool:
         share += 0.5 ** free.bit_count()
         clauses.append(negative)
     # Each takes that share of the headers away: together they must come to the whole to cover it.
-    return share > 0.999 and witness(cube, clauses) is None
+    return share > 0.999 and witness(cube, clauses, meter) is None
 
 
-def _search(cube: Cube, clauses: list[Cube], budget: list[int]) -> int | None:
+def _search(cube: Cube, clauses: list[Cube], budget: Meter) -> int | None:
     value, mask = cube
     while True:
-        budget[0] -= 1 + len(clauses) // 64
-        if budget[0] < 0:
-            raise Exhausted("the first engine's budget is used up")
+        budget.spend(1 + len(clauses))
         left: list[Cube] = []
         shortest, size = None, 1 << 30
         changed = False
@@ -99,8 +125,8 @@ def _search(cube: Cube, clauses: list[Cube], budget: list[int]) -> int | None:
         mask |= bit
 
 
-def solve(cube: Cube, negatives: Iterable[Cube]) -> int | None:
-    """What `witness` answers, by the second engine. Raises `Exhausted` when it cannot decide in `SOLVER_MS`."""
+def solve(cube: Cube, negatives: Iterable[Cube], limit_ms: float = SOLVER_MS) -> int | None:
+    """What `witness` answers, by the second engine. Raises `Exhausted` when it cannot decide in `limit_ms`."""
     import z3  # type: ignore[import-untyped]  # here: it takes a moment to load, and is seldom needed
 
     variables: dict[int, z3.BoolRef] = {}
@@ -110,7 +136,7 @@ def solve(cube: Cube, negatives: Iterable[Cube]) -> int | None:
         return variable if one else z3.Not(variable)
 
     solver = z3.Solver()
-    solver.set("timeout", SOLVER_MS)
+    solver.set("timeout", max(1, int(limit_ms)))
     value, mask = cube
     for negative in negatives:
         if (negative[0] ^ value) & negative[1] & mask:
@@ -121,7 +147,7 @@ def solve(cube: Cube, negatives: Iterable[Cube]) -> int | None:
     if answer == z3.unsat:
         return None
     if answer != z3.sat:
-        raise Exhausted(f"no answer within {SOLVER_MS / 1000:.0f} s by the second engine either")
+        raise Exhausted(f"no answer within {limit_ms / 1000:.1f} s by the second engine either")
     model = solver.model()
     for bit, variable in variables.items():
         if z3.is_true(model.eval(variable)):

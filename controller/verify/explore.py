@@ -39,7 +39,7 @@ from controller.flow import (
 )
 from controller.problems import BulkheadError
 from controller.verify import space
-from controller.verify.cubes import empty
+from controller.verify.cubes import Meter, empty
 from controller.verify.rules import Layout, Ports, Rule, Rules
 from controller.verify.space import Cube, inside, meet
 
@@ -52,7 +52,6 @@ KEEP = 64
 NODES = 400_000
 """More places than this in one exploration are given up."""
 
-MOST_WORK = 40_000_000
 ANYWHERE = -1
 """As the port of a `Sent`: any port there is, because of NORMAL, FLOOD, ALL or an action that is not understood."""
 
@@ -260,9 +259,8 @@ class Explorer:
     rules: Rules
     owned: Owned = lambda region: False
     layout: Layout | None = None
-    work: int = 0
-    most_work: int = MOST_WORK
-    """Raised to, it is `TooLarge`: some 30 s. Reading our own flows takes about 100 for each."""
+    meter: Meter = field(default_factory=Meter)
+    """What it may do; reading our own flows takes about 100 for each."""
     states: Callable[[], Iterable[int]] = lambda: CT_STATES
     """What connection tracking may say of a packet."""
     _made: set[bytes] = field(default_factory=set)
@@ -280,6 +278,7 @@ class Explorer:
         """
         known = place.overlay.known(region.cube)
         floor = -1
+        self.meter.spend(self.rules.shapes(place.table))
         rules = self.rules.meeting(place.table, known, region.ports)
         few = rules if len(rules) <= FEW_RULES else None
         for rule in rules:
@@ -315,10 +314,9 @@ class Explorer:
         minus = [m for m in region.minus if meet(m, cube) is not None]
         partial: list[tuple[int, Cube]] = []
         if among is None:
+            self.meter.spend(self.rules.shapes(place.table))
             among = self.rules.meeting(place.table, place.overlay.known(cube), ports, rule.flow.priority)
-        self.work += 1 + len(among) + len(region.minus)
-        if self.work > self.most_work:
-            raise TooLarge("the flows overlap each other too much to be taken apart in time")
+        self.meter.spend(1 + len(among) + len(region.minus))
         actions, goto = rule.flow.actions, rule.flow.goto
         for higher in among:
             if higher.flow.priority <= rule.flow.priority:
@@ -350,7 +348,7 @@ class Explorer:
                     split.append((beside, piece_minus))
             pieces = split
         for piece_ports, piece_minus in pieces:
-            if piece_minus and empty(cube, piece_minus):
+            if piece_minus and empty(cube, piece_minus, self.meter):
                 continue
             narrow, rest = _propagate(cube, piece_minus)
             left = Region(piece_ports, narrow, rest, region.owned)
@@ -492,7 +490,7 @@ class Explorer:
         region, learn, overlay = learned
         for cubes in own:
             cube = meet(region.cube, cubes)
-            if cube is not None and not empty(cube, region.minus):
+            if cube is not None and not empty(cube, region.minus, self.meter):
                 yield _instance(learn, overlay.known(cube), number)
 
     # -------------------------------------------------------------------------------------------------------- exact

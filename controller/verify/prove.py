@@ -16,7 +16,7 @@ from controller.flow import Flow, FlowKey
 from controller.frame import Port
 from controller.model import Bridge, DesiredState
 from controller.problems import BulkheadError
-from controller.verify.cubes import Exhausted, empty, witness
+from controller.verify.cubes import Exhausted, Meter, empty, witness
 from controller.verify.explore import ANYWHERE, Explorer, Learned, Region, Sent, TooLarge
 from controller.verify.packetwords import words
 from controller.verify.policy import ANY_ARP, NONE, Policy, Senders, both
@@ -29,6 +29,9 @@ PATH_STEPS = 20_000
 CONFIRM_STEPS = 400_000
 """and so many for all of them."""
 ENOUGH = 64
+"""So many suspects are looked at before the rest is looked for."""
+LEAST_WORK, WORK_A_FLOW = 2_000_000, 400
+"""Steps that a proof may take, about a million a second: our own flows take 100 each, others' overlap more."""
 NO_SENDERS = Senders(NONE)
 MOST = 5
 """So many findings are told; there is no end to them where everything is open."""
@@ -87,6 +90,10 @@ class Unsafe(BulkheadError):
     def as_data(self) -> list[JSON]:
         """The findings as plain JSON values."""
         return [finding.as_data() for finding in self.findings]
+
+
+def _most_work(flows: int) -> float:
+    return max(LEAST_WORK, WORK_A_FLOW * flows)
 
 
 def prove(
@@ -165,7 +172,7 @@ class _Proof:
         self.flows = flows
         self.rules = Rules((), self.ports)
         self.by_key = {key: self.rules.add(flow) for key, flow in flows.items()}
-        self.explorer = Explorer(self.rules, self._owned)
+        self.explorer = Explorer(self.rules, self._owned, meter=Meter(_most_work(len(flows))))
         self.reached = Reached(self.explorer, self._judge, self._could_learn)
         self.suspects: dict[_Suspect, None] = {}
         self._enough: int | None = None
@@ -220,7 +227,7 @@ class _Proof:
     ) -> None:
         """Prove what is different now. Raises `Outdated` where that cannot be told apart, `TooLarge`, `Exhausted`."""
         old, alike = self.policy, self.ports.alike
-        self.explorer.work = 0
+        self.explorer.meter = Meter(_most_work(len(flows)))
         self.policy = Policy(state, bridge, there, self.ports, old)
         before, self.flows = self.flows, flows
         gone, new = [], []
@@ -289,7 +296,7 @@ class _Proof:
                 continue
             others = [r for r in allowed if r.ports & group == group]
             among = [cube for r in others for cube in r.among if not any(self._meets(region, b) for b in r.but)]
-            if empty(region.cube, [*region.minus, *among]):
+            if empty(region.cube, [*region.minus, *among], self.explorer.meter):
                 left &= ~group
         if left:
             numbers = self.ports.numbers(region.ports)
@@ -298,10 +305,9 @@ class _Proof:
     def _bit(self, number: int) -> int:
         return self.ports.one(number) if number >= 0 else OTHER
 
-    @staticmethod
-    def _meets(region: Region, cube: Cube) -> bool:
+    def _meets(self, region: Region, cube: Cube) -> bool:
         common = meet(region.cube, cube)
-        return common is not None and not empty(common, region.minus)
+        return common is not None and not empty(common, region.minus, self.explorer.meter)
 
     def _forbidden(self, port: int, number: int) -> Iterator[tuple[Cube, tuple[Cube, ...]]]:
         """What must not go from `number` to `port`, as cubes with what is taken from each."""
@@ -327,12 +333,12 @@ class _Proof:
         bit = self._bit(number)
         for cube, beside in self._forbidden(port, number):
             start = Region(bit, both(cube, ENTERING), beside)
-            if beside and empty(cube, beside):
+            if beside and empty(cube, beside, self.explorer.meter):
                 continue
             for found, way in self.explorer.paths(start, PATH_STEPS, budget):
                 if found.port not in (port, ANYWHERE):
                     continue
-                header = witness(found.region.cube, found.region.minus)
+                header = witness(found.region.cube, found.region.minus, self.explorer.meter)
                 if header is not None:
                     return self._finding(number, port, header, way)
         return self._confirm_rewritten(port, number, budget)
@@ -341,7 +347,7 @@ class _Proof:
         """A packet that leaves as another than came in, though this one may."""
         for found, way in self.explorer.paths(Region(self._bit(number), ENTERING), PATH_STEPS, budget):
             if found.port in (port, ANYWHERE) and _rewrites(found):
-                header = witness(found.region.cube, found.region.minus)
+                header = witness(found.region.cube, found.region.minus, self.explorer.meter)
                 if header is not None:
                     finding = self._finding(number, port, header, way)
                     return replace(finding, text=f"{finding.text}: flows have written other addresses into it")

@@ -223,6 +223,11 @@ class Rules:
         found.sort(key=lambda rule: -rule.flow.priority)
         return found
 
+    def shapes(self, table: int) -> int:
+        """How many different sets of bits the rules of a table compare: what it costs to look one up."""
+        there = self._tables.get(table)
+        return len(there.shapes) if there is not None else 0
+
     def layout(self) -> Layout:
         """How the tables hang together, as of now."""
         return Layout(self._tables, self._learning)
