@@ -73,15 +73,19 @@ def _print(findings: Iterable[Finding], verdict: str) -> None:
 
 def _print_mends(findings: Iterable[Finding]) -> None:
     """What to do, outside the table: a command that is broken into lines is no command."""
-    told: set[object] = set()
+    told: set[str] = set()
+    heading = ""
     for finding in findings:
-        # Many checks fail for the one reason that a tool is not there: that is said once.
-        if finding.status in (Status.OK, Status.ABSENT) or (finding.mend, finding.advice) in told:
+        if finding.status in (Status.OK, Status.ABSENT):
             continue
-        told.add((finding.mend, finding.advice))
-        lines = [*finding.mend, *([f"# {finding.advice}"] if finding.advice else [])]
-        if lines:
-            click.echo("\n".join((f"\nto mend {finding.check}:", *(f"    {_printable(line)}" for line in lines))))
+        # Many checks fail for the one reason that a tool is not there: that is said once.
+        lines = [line for line in (*finding.mend, f"# {finding.advice}") if line != "# " and line not in told]
+        told.update(lines)
+        if lines and finding.check != heading:
+            heading = finding.check
+            click.echo(f"\nto mend {heading}:")
+        for line in lines:
+            click.echo(f"    {_printable(line)}")
 
 
 def _printable(text: str) -> str:

@@ -51,7 +51,7 @@ def gather(tools: Tools, db: str) -> Facts:
         sysctls=_sysctls(tools),
         nft=_firewall(tools),
         wireguard=_wireguard(tools, links),
-        places=_places(tools),
+        places=links if isinstance(links, Gap) else _places(tools),  # what cannot be asked here cannot there
     )
 
 
@@ -374,7 +374,8 @@ def _wireguard(tools: Tools, links: tuple[Link, ...] | Gap, *prefix: str) -> tup
         return Gap(f"{', '.join(names)} cannot be looked at: {asked.why}", asked.mend)
     if isinstance(asked, Gap) and prefix:
         # nsenter says of a program that is not there that it failed.
-        return replace(asked, absent=asked.absent or "No such file" in asked.why)
+        if "failed to execute wg" in asked.why:
+            return Gap("wg is not installed", "install wireguard-tools", absent=True)
     return asked
 
 

@@ -41,9 +41,8 @@ def addresses(subject: Subject) -> list[Finding]:
                 if not _link_local(address):
                     found.append(bad(check, f"{device} has the address {text}, which is not declared", remove))
                 continue
-            foreign = [
-                n.name for n in subject.networks if n is not network for p in prefixes(n) if p.overlaps(address.network)
-            ]
+            others = [n for n in subject.networks if n is not network]
+            foreign = [n.name for n in others if any(p.overlaps(address.network) for p in prefixes(n))]
             if foreign:
                 seen = f"{device} has {text}: by its length it takes in {listed(foreign)}"
                 right = f"{host}/{network.subnet.length}"
@@ -144,14 +143,16 @@ def routes(subject: Subject) -> list[Finding]:
     if subject.state is None:
         return no_file(check)
     known = () if isinstance(every, Gap) else every
-    found: dict[str, Finding] = {}
+    found: dict[object, Finding] = {}
     for network in subject.networks:
         for prefix, route, device in _crossings(prefixes(network), known):
             owner = subject.owners.get(device)
-            if owner is None or device == network.bridge or _covered(prefix, route, known, network.bridge):
+            if owner is None or device == network.bridge or _connected(subject, route, device):
+                continue
+            if _covered(prefix, route, known, network.bridge):
                 continue
             seen = f"{network.name}'s {prefix} is routed to {device}, {owner}'s (table {route.table})"
-            found.setdefault(seen, bad(check, seen, _unroute(route)))
+            found.setdefault((route, device), bad(check, seen, _unroute(route)))
     for rule in () if isinstance(rules, Gap) else rules:
         ends = [_ends(subject, rule.iif, rule.source), _ends(subject, rule.oif, rule.target)]
         if any(a != b for a in ends[0] for b in ends[1]):
@@ -166,6 +167,12 @@ def _crossings(inside: Iterable[IpNetwork], routes: Iterable[Route]) -> Iterator
             if route.kind in _LEADING and prefix.overlaps(route.network):
                 for device in route.devices:
                     yield prefix, route, device
+
+
+def _connected(subject: Subject, route: Route, device: str) -> bool:
+    """Whether a route is the kernel's own for an address, which is judged by itself."""
+    held = subject.links[device].addresses if device in subject.links else ()
+    return route.protocol == "kernel" and any(address.network == route.network for address in held)
 
 
 def _covered(prefix: IpNetwork, route: Route, routes: Iterable[Route], bridge: str) -> bool:
@@ -206,10 +213,10 @@ def overlaps(subject: Subject) -> list[Finding]:
                     text = f"{address.text}/{address.network.prefixlen}"
                     seen = f"{link.name} has {text}, {network.name} has {prefix}"
                     mend = command("ip", "address", "del", text, "dev", link.name)
-                    found.setdefault((link.name, address.network), bad(check, seen, mend, advice=_ELSE))
+                    found.setdefault((link.name, address), bad(check, seen, mend, advice=_ELSE))
         for prefix, route, device in _foreign_routes(subject, prefixes(network)):
             seen = f"{route.network} is routed to {device} (table {route.table}), {network.name} has {prefix}"
-            found.setdefault((device, route.network), bad(check, seen, _unroute(route), advice=_ELSE))
+            found.setdefault((device, route), bad(check, seen, _unroute(route), advice=_ELSE))
     return told(
         check, found.values(), "no other interface has addresses or routes of the networks", subject.facts.links, every
     )

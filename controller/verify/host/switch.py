@@ -221,7 +221,7 @@ def wires(subject: Subject) -> list[Finding]:
             elif holders.get(peer) != far[0]:
                 where = holders.get(peer)
                 seen = f"{peer}, the far end of {interface.name}, is a port of {where or 'no declared bridge'}"
-                mend = [subject.vsctl("del-port", where, peer)] if where else []
+                mend = [subject.vsctl("--if-exists", "del-port", where, peer)] if where else []
                 yield bad(check, f"{seen}, not of {far[0]}", *mend, subject.vsctl("add-port", far[0], peer))
 
     if not subject.bridges:
