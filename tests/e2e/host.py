@@ -140,7 +140,7 @@ class GoodHost:
         self.ovs.vsctl("--if-exists", "del-port", port)
         gone = f"ip link del {port} 2>/dev/null || true; ip netns del at-{port} 2>/dev/null || true"
         chain = f"nft delete chain netdev good at-{port} 2>/dev/null || true"
-        self.machine.sh(f"{gone}; {chain}; nft delete chain netdev bulkhead drop-{port} 2>/dev/null || true")
+        self.machine.sh(f"{gone}; {chain}; nft delete chain netdev bulkhead-mend drop-{port} 2>/dev/null || true")
         self.veth(bridge, port)
 
     def _tunnels(self) -> None:

@@ -67,7 +67,7 @@ V6_ON = "sysctl -qw net/ipv6/conf/vmbr0/disable_ipv6=0 net/ipv6/conf/vmbr1/disab
 REDIRECT = "u32 match u32 0 0 action mirred egress redirect dev"
 FORWARD = "nft 'add table inet t; add chain inet t c { type filter hook forward priority 0; policy drop; }'; "
 ALL_DROP = 'nft \'add rule inet t c iifname "vmbr0" drop; add rule inet t c iifname "vmbr1" drop\''
-NO_FORWARD = "nft delete table inet t; nft delete table inet bulkhead; sysctl -qw net.ipv4.ip_forward=0"
+NO_FORWARD = "nft delete table inet t; nft delete table inet bulkhead-mend; sysctl -qw net.ipv4.ip_forward=0"
 TAP = "ip tuntap add dev stray0 mode tap; ip link set stray0 up; "
 ASLEEP = FORWARD.replace("add table inet t", "add table inet t { flags dormant; }")
 
@@ -165,10 +165,10 @@ BREAKS = {
     "all addresses of a network are the host's": breaks("overlaps", "ip route add local 10.0.0.0/24 dev lo table 78"),
     # forwarding
     "forwarding": breaks("forwarding", "sysctl -qw net.ipv4.ip_forward=1", "sysctl -qw net.ipv4.ip_forward=0; "
-                         "nft delete table inet bulkhead"),
+                         "nft delete table inet bulkhead-mend"),
     "forwarding of one bridge": breaks(
         "forwarding", "sysctl -qw net/ipv4/conf/vmbr0/forwarding=1",
-        "sysctl -qw net/ipv4/conf/vmbr0/forwarding=0; nft delete table inet bulkhead",
+        "sysctl -qw net/ipv4/conf/vmbr0/forwarding=0; nft delete table inet bulkhead-mend",
     ),
     "forwarding, the drop asleep": breaks(
         "forwarding", ASLEEP + "sysctl -qw net.ipv4.ip_forward=1", NO_FORWARD
@@ -180,11 +180,11 @@ BREAKS = {
     ),
     "IPv6 forwarding": breaks(
         "forwarding, IPv6", V6_ON + "net.ipv6.conf.all.forwarding=1",
-        "nft delete table inet bulkhead; sysctl -qw net.ipv6.conf.all.forwarding=0",
+        "nft delete table inet bulkhead-mend; sysctl -qw net.ipv6.conf.all.forwarding=0",
     ),
     # who else gets the packets
     "a port without its drop": breaks("second road", "nft delete chain netdev good at-veth102",
-        "nft delete chain netdev bulkhead drop-veth102; nft 'add chain netdev good at-veth102 "
+        "nft delete chain netdev bulkhead-mend drop-veth102; nft 'add chain netdev good at-veth102 "
         "{ type filter hook ingress device \"veth102\" priority -500; policy drop; }'"),
     "a macvlan": breaks("second road", "ip link add stray0 link vmbr1 type macvlan"),
     "a macvlan in another namespace": breaks(
@@ -326,6 +326,22 @@ def test_a_drop_of_iptables_legacy_counts(host: GoodHost) -> None:
         assert [finding["check"] for finding in wrong(host.checks()[1])] == ["forwarding"]
     finally:
         run(host, "iptables-legacy -F FORWARD; iptables-legacy -P FORWARD ACCEPT; sysctl -qw net.ipv4.ip_forward=0")
+
+
+def test_a_name_whose_namespace_is_gone_is_no_namespace(host: GoodHost) -> None:
+    run(host, "touch /run/netns/stale")
+    code, found = host.checks()
+    run(host, "rm /run/netns/stale")
+    assert (code, wrong(found)) == (0, [])
+
+
+def test_a_name_cannot_move_the_cursor(host: GoodHost) -> None:
+    run(host, "ip link add \"$(printf 'x\\033[2Jy')\" link veth102 type macvlan")
+    answer = host.verify()
+    run(host, "ip link del \"$(printf 'x\\033[2Jy')\"")
+    assert answer.code == 1
+    assert "\x1b" not in answer.out
+    assert "[2Jy" in answer.out
 
 
 def test_nothing_is_changed(host: GoodHost) -> None:

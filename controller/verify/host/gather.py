@@ -199,7 +199,8 @@ def _links(tools: Tools, *prefix: str) -> tuple[Link, ...] | Gap:
 
 def _rows(text: str) -> list[dict[str, Any]]:
     """ip's JSON: a list of objects; nothing at all where there is nothing to list, an empty object here and there."""
-    rows = json.loads(text) if text.strip() else []
+    # Not strict: ip prints the names of interfaces as they are, and those may have control characters.
+    rows = json.loads(text, strict=False) if text.strip() else []
     if not isinstance(rows, list):
         raise ValueError("not a list")
     return [row for row in rows if row]

@@ -127,7 +127,7 @@ def _drop_between(subject: Subject) -> str:
     rule = f"iifname {{ {names} }} oifname {{ {names} }} drop"
     return command(
         "nft",
-        f"add table inet bulkhead; add chain inet bulkhead forward {hook}; insert rule inet bulkhead forward {rule}",
+        f"add table inet bulkhead-mend; add chain inet bulkhead-mend forward {hook}; insert rule inet bulkhead-mend forward {rule}",
     )
 
 
@@ -276,12 +276,11 @@ def second_road(subject: Subject) -> list[Finding]:
 
 
 def _drop_at(devices: Iterable[str]) -> str:
-    # A chain of that name may be there already, with more in it or another policy: its name is not to be ours.
     chains = (
-        f'add chain netdev bulkhead drop-{name} {{ type filter hook ingress device "{name}" priority -500; policy drop; }}'
+        f'add chain netdev bulkhead-mend drop-{name} {{ type filter hook ingress device "{name}" priority -500; policy drop; }}'
         for name in devices
     )
-    return command("nft", "; ".join(("add table netdev bulkhead", *chains)))
+    return command("nft", "; ".join(("add table netdev bulkhead-mend", *chains)))
 
 
 def _others(subject: Subject, check: str, device: str) -> Iterator[Finding]:
