@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import ip_network
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -275,6 +277,16 @@ def test_every_check_has_a_bad_case() -> None:
     assert names - {check for check, _ in BAD.values()} == {"bridges"}
 
 
+def test_every_check_is_in_the_manual() -> None:
+    names = {finding.check for finding in judge(GOOD, STATE, ())}
+    manual = (Path(__file__).parents[2] / "docs" / "verify.md").read_text()
+    rows = re.findall(r"^\| ([A-Za-z0-9 -]+?)(?: \(FILE\))? \|", manual.partition("## What is looked at")[2], re.M)
+    assert set(rows) - {"check"} == names
+    needs_file = {check for check, (f, *_) in found(GOOD, None).items() if "no state FILE" in f.seen}
+    marked = re.findall(r"^\| ([A-Za-z0-9 -]+?) \(FILE\) \|", manual, re.M)
+    assert set(marked) == needs_file
+
+
 HARMLESS: dict[str, Facts] = {
     "a manager on this host": with_ovs(managers=("ptcp:6640:127.0.0.1", "punix:/run/x", "ptcp:6641:[::1]")),
     "a controller written otherwise": with_bridge("vmbr0", controllers=("tcp:127.0.0.1",)),
@@ -310,7 +322,7 @@ UNKNOWN: dict[str, tuple[Callable[[Gap], Facts], set[str]]] = {
     "Open vSwitch": (
         lambda gap: replace(GOOD, ovs=gap),
         {"bridges", "fail mode", "in-band", "controllers", "managers", "mirrors", "spanning tree", "ports", "far ends",
-         "hidden flows", "second road"},
+         "hidden flows", "second road", "addresses", "redirects", "IPv6", "proxy ARP"},
     ),
     "a bridge's flows": (lambda gap: replace(GOOD, flows={**GOOD.flows, "vmbr1": gap}), {"hidden flows"}),
     "ovsdb-server's remotes": (lambda gap: with_ovs(remotes=gap), {"managers"}),

@@ -49,7 +49,7 @@ def addresses(subject: Subject) -> list[Finding]:
                 found.append(bad(check, seen, remove, command("ip", "address", "add", right, "dev", device)))
     names = [f"{host} on {bridge}" for bridge, (host, _) in sorted(hosts.items())]
     good = f"none on bridges and ports{' but the declared ' if names else ''}{listed(names)}"
-    return told(check, found, good, subject.facts.links)
+    return told(check, found, good, subject.facts.links, subject.facts.ovs)
 
 
 def _link_local(address: Address) -> bool:
@@ -324,7 +324,7 @@ def redirects(subject: Subject) -> list[Finding]:
         if subject.links[name].program and not _xdp_is_ours(subject, name):
             seen = f"{name} has an XDP program, which may send its packets anywhere"
             found.append(Finding(check, Status.UNKNOWN, seen, (), f"if it is not yours: ip link set {name} xdp off"))
-    gaps = [gap for gap in (tc, links) if isinstance(gap, Gap)]
+    gaps = [gap for gap in (tc, links, subject.facts.ovs) if isinstance(gap, Gap)]
     # Where there is no nft, whether its rules are there cannot be told either; but then nobody has made any.
     gaps += [nft] if isinstance(nft, Gap) and not nft.absent else []
     return told(check, found, "none from or to the bridges' interfaces", *gaps)
@@ -360,7 +360,7 @@ def ipv6(subject: Subject) -> list[Finding]:
     has = f", {listed(with_one)} with an address" if with_one else ""
     seen = f"on at {listed(on)}{has}: the host talks to whoever is there"
     found = [bad(check, seen, sysctl(*(f"net/ipv6/conf/{d}/disable_ipv6=1" for d in on)))] if on else []
-    return told(check, found, f"off on {len(devices)} bridges and ports")
+    return told(check, found, f"off on {len(devices)} bridges and ports", subject.facts.ovs)
 
 
 def proxies(subject: Subject) -> list[Finding]:
@@ -373,4 +373,4 @@ def proxies(subject: Subject) -> list[Finding]:
     for name in joined.from_iterable((name.format(device) for name in names) for device in ("all", *subject.devices)):
         if subject.sysctl(name) not in ("", "0"):
             found.append(bad(check, f"{name} is on", sysctl(f"net/{name}=0")))
-    return told(check, found, "off")
+    return told(check, found, "off", *([subject.facts.ovs] if subject.state is not None else []))

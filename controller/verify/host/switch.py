@@ -212,7 +212,14 @@ def wires(subject: Subject) -> list[Finding]:
             peer = _peer(subject, interface)
             if peer is None or (far is None and not peer):
                 continue
-            if far is None:
+            if far is None and interface.type == "patch":
+                seen = (
+                    f"{interface.name} of {bridge.name} is a patch port to {peer} of {holders.get(peer, 'no bridge')}"
+                )
+                yield bad(
+                    check, seen, advice=f"nothing of ours makes such: {subject.vsctl('del-port', interface.name)}"
+                )
+            elif far is None:
                 seen = f"the far end of {interface.name}, {peer}, is on the host itself"
                 yield bad(check, seen, advice=f"move it where it belongs: ip link set {peer} netns NAMESPACE")
             elif peer != far[1]:
