@@ -1,6 +1,6 @@
 """A host that keeps the networks of the example state file apart, in namespaces of its own, for tests that break it.
 
-Its network, its mounts of /run/netns and /run/wireguard and its process ids are its own, so `bulkhead verify` inside sees
+Its network, its /run and its process ids are its own, so `bulkhead verify` inside sees
 this host and nothing of the machine.
 """
 
@@ -22,7 +22,7 @@ from lab.ovs import Here, LabError, PrivateOvs, die_with_parent
 from .conftest import STATE_FILE
 
 ROOT = Path(__file__).parents[2]
-_READY = "mount -t tmpfs own /run/netns && mount -t tmpfs own /run/wireguard && echo ready && exec sleep infinity"
+_READY = "mount -t tmpfs own /run && mkdir /run/netns /run/wireguard && echo ready && exec sleep infinity"
 _SERVE = """
 import json, sys
 from click.testing import CliRunner
@@ -45,8 +45,6 @@ class Machine(Here):
     """Namespaces for network, mounts and process ids, that live as long as their first process."""
 
     def __init__(self) -> None:
-        for path in ("/run/netns", "/run/wireguard"):
-            Path(path).mkdir(exist_ok=True)
         unshare = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
         self._holder = subprocess.Popen(
             [*unshare, "sh", "-c", _READY],
