@@ -363,6 +363,24 @@ def test_a_firewall_that_is_not_known(gap: Gap, checks: set[str]) -> None:
     assert told["forwarding"][0].status is Status.UNKNOWN
 
 
+def test_in_a_vrf_a_drop_by_the_bridges_name_drops_nothing() -> None:
+    def drop(key: str) -> NftRule:
+        right = {"set": ["vmbr0", "vmbr1", "mesh-privacy", "mesh-management"]}
+        return NftRule(({"match": {"op": "==", "left": {"meta": {"key": key}}, "right": right}}, {"drop": None}))
+
+    def told(facts: Facts, key: str, device: str) -> Status:
+        assert not isinstance(facts.nft, Gap)
+        chain = NftChain("inet", "t", "c", "forward", rules=(drop(key),))
+        on = with_sysctl(**{f"ipv4__conf__{device}__forwarding": "1"}).sysctls
+        return found(replace(facts, nft=(*facts.nft, chain), sysctls=on))["forwarding"][0].status
+
+    inside = HARMLESS["a bridge in a VRF"]
+    assert told(GOOD, "iifname", "vmbr1") is Status.OK
+    assert told(inside, "iifname", "vmbr1") is Status.BAD
+    assert told(inside, "iifname", "vrf0") is Status.BAD
+    assert told(inside, "oifname", "vrf0") is Status.OK
+
+
 def test_programs_are_not_known_to_be_good() -> None:
     for facts in (with_link("veth102", program=True), replace(GOOD, redirects=(Redirect("veth102", "ingress", ""),))):
         assert [f.status for f in found(facts)["redirects"]] == [Status.UNKNOWN]

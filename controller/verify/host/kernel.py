@@ -95,11 +95,18 @@ def _forwarding(subject: Subject, version: int) -> list[str]:
     one switch for all and another of each interface (IPv6)."""
     names = list(dict.fromkeys(source for source, _ in subject.pairs))
     if version == 4:
-        return [name for name in names if subject.sysctl(f"ipv4/conf/{name}/forwarding") not in ("", "0")]
+        asked = {name: (name, _vrf(subject, name)) for name in names}
+        return [n for n in names if any(subject.sysctl(f"ipv4/conf/{d}/forwarding") not in ("", "0") for d in asked[n])]
     alive = [name for name in names if subject.sysctl(f"ipv6/conf/{name}/disable_ipv6") == "0"]
     if subject.sysctl("ipv6/conf/all/forwarding") != "0":
         return alive
     return [name for name in alive if subject.sysctl(f"ipv6/conf/{name}/force_forwarding") not in ("", "0")]
+
+
+def _vrf(subject: Subject, device: str) -> str:
+    """The VRF that a device is in: packets that come up at the device are said to come from that."""
+    master = subject.links.get(subject.links[device].master) if device in subject.links else None
+    return master.name if master is not None and master.kind == "vrf" else ""
 
 
 def _switch(version: int, device: str) -> str:
@@ -113,6 +120,7 @@ def _dropped(subject: Subject, chains: tuple[NftChain, ...], pair: tuple[str, st
     # All that can leave by a bridge is what a route leads there, but for what is not routed by its target.
     if not isinstance(routes, Gap) and not _unrouted(subject, version):
         targets = tuple(r.network for r in routes if target in r.devices and r.network.version == version)
+    source = "" if _vrf(subject, source) else source
     return forward_dropped(chains, Packet(source, target, version, targets)) is not None
 
 
@@ -288,8 +296,7 @@ def _others(subject: Subject, check: str, device: str) -> Iterator[Finding]:
     link = subject.links.get(device)
     if link is None:
         return
-    master = subject.links.get(link.master)
-    if link.master not in ("", "ovs-system") and (master is None or master.kind != "vrf"):
+    if link.master not in ("", "ovs-system") and not _vrf(subject, device):
         yield bad(
             check,
             f"{device} is in {link.master} too, past every flow",

@@ -29,7 +29,7 @@ _DOUBT: _Verdict = ("doubt", "")
 @dataclass(frozen=True, slots=True)
 class Packet:
     """Packets from one interface to another of one IP version (4 or 6); where `targets` says anything, all their targets
-    lie in it."""
+    lie in it. An interface that is not known is empty."""
 
     iif: str
     oif: str
