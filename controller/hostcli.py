@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
@@ -14,8 +15,10 @@ from rich.markup import escape
 
 from controller.statefile import load
 from controller.terminal import columns, guarded, json_option, print_grid, print_json
-from controller.verify.host.checks import Finding, Status, exit_code, judge
-from controller.verify.host.facts import Host, gather
+from controller.verify.host.checks import exit_code, judge
+from controller.verify.host.findings import Finding, Status
+from controller.verify.host.gather import gather
+from controller.verify.host.tools import Host
 
 COLOURS = {Status.OK: "green", Status.BAD: "bold red", Status.UNKNOWN: "yellow", Status.ABSENT: "dim"}
 VERDICTS = ("nothing bad", "NOT sound", "not all could be found out")
@@ -27,7 +30,7 @@ def _default_db() -> str:
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path), required=False)
-@click.option("--db", default=_default_db, help="Where ovsdb-server listens [default: unix:$OVS_RUNDIR/db.sock].")
+@click.option("--ovsdb", default=_default_db, help="Where ovsdb-server listens [default: unix:$OVS_RUNDIR/db.sock].")
 @click.option(
     "--controller",
     "controllers",
@@ -38,15 +41,15 @@ def _default_db() -> str:
 )
 @json_option
 @guarded
-def verify(file: Path | None, db: str, controllers: tuple[str, ...], as_json: bool) -> None:
+def verify(file: Path | None, ovsdb: str, controllers: tuple[str, ...], as_json: bool) -> None:
     """Say whether this host keeps the networks of a state FILE apart where flows do not reach; changes nothing.
 
-    Looks at Open vSwitch's settings, addresses, routes, forwarding, nftables, IPv6 and WireGuard. Without FILE it judges
-    every bridge, by what needs no declaration. Run it as root, in Open vSwitch's network namespace. Exit 0: nothing is
-    bad; 1: something is; 2: something could not be found out.
+    Looks at Open vSwitch's settings, addresses, routes, forwarding, firewalls, redirects, IPv6 and WireGuard. Without
+    FILE it judges every bridge, by what needs no declaration. Run it as root, in Open vSwitch's network namespace. Exit
+    0: nothing is bad; 1: something is; 2: something could not be found out.
     """
     state = load(file).state if file is not None else None
-    findings = judge(gather(Host(), db), state, controllers)
+    findings = judge(gather(Host(), ovsdb), state, controllers)
     code = exit_code(findings)
     if as_json:
         print_json({"exit_code": code, "checks": [finding.as_dict() for finding in findings]})
@@ -55,17 +58,36 @@ def verify(file: Path | None, db: str, controllers: tuple[str, ...], as_json: bo
     sys.exit(code)
 
 
-def _print(findings: tuple[Finding, ...], verdict: str) -> None:
+def _print(findings: Iterable[Finding], verdict: str) -> None:
+    every = tuple(findings)
     grid = columns("CHECK", "STATUS", "SEEN")
-    told: set[str] = set()
-    for finding in findings:
-        # Many checks fail for the one reason that a tool is not there: that is said once.
-        mend = "" if finding.mend in told else finding.mend
-        told.add(mend)
-        mend = f"\n[bold]mend:[/] {escape(mend)}" if mend else ""
+    for finding in every:
         status = f"[{COLOURS[finding.status]}]{finding.status}[/]"
-        grid.add_row(finding.check, status, escape(finding.seen) + mend)
+        grid.add_row(finding.check, status, escape(_printable(finding.seen)))
     print_grid(grid)
-    counts = {status: sum(finding.status is status for finding in findings) for status in Status}
+    _print_mends(every)
+    counts = {status: sum(finding.status is status for finding in every) for status in Status}
     counted = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     click.echo(f"\n{verdict}: {counted}")
+
+
+def _print_mends(findings: Iterable[Finding]) -> None:
+    """What to do, outside the table: a command that is broken into lines is no command."""
+    told: set[str] = set()
+    heading = ""
+    for finding in findings:
+        if finding.status in (Status.OK, Status.ABSENT):
+            continue
+        # Many checks fail for the one reason that a tool is not there: that is said once.
+        lines = [line for line in (*finding.mend, f"# {finding.advice}") if line != "# " and line not in told]
+        told.update(lines)
+        if lines and finding.check != heading:
+            heading = finding.check
+            click.echo(f"\nto mend {heading}:")
+        for line in lines:
+            click.echo(f"    {_printable(line)}")
+
+
+def _printable(text: str) -> str:
+    """Without what would move the cursor: names of interfaces and bridges are not ours."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)

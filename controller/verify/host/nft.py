@@ -8,21 +8,28 @@ with a forged source makes the reply to it "established". Imports facts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from ipaddress import ip_network
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from ipaddress import ip_address, ip_network, summarize_address_range
 from typing import Any
 
-from controller.verify.host.facts import IpNetwork, NftChain
+from controller.verify.host.facts import IpNetwork, NftChain, NftRule
 
 _IDLE = frozenset(("counter", "log", "limit", "quota", "mangle", "notrack"))
-_STEPS = 1000
-"""Rules looked at for one packet; jumps nested without end end here, in doubt."""
+_VERDICTS = frozenset(("accept", "drop", "reject", "return", "continue", "jump", "goto"))
+_STEPS = 20_000
+"""Rules looked at for one packet; more than that ends in doubt."""
+_DEPTH = 16
+"""Chains jumped into within one another: the kernel's own limit."""
+
+_Verdict = tuple[str, str]
+_DOUBT: _Verdict = ("doubt", "")
 
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """Packets from one interface to another of one IP version (4 or 6), whose targets all lie in `targets`."""
+    """Packets from one interface to another of one IP version (4 or 6); where `targets` says anything, all their targets
+    lie in it. An interface that is not known is empty."""
 
     iif: str
     oif: str
@@ -33,6 +40,8 @@ class Packet:
 def forward_dropped(chains: Iterable[NftChain], packet: Packet) -> str | None:
     """Which chain of the forward hook drops these packets whatever else they are; None if none is sure to."""
     every = tuple(chains)
+    if any(_rewrites_target(rule) for chain in every for rule in chain.rules):
+        packet = replace(packet, targets=())
     families = ("inet", "ip") if packet.version == 4 else ("inet", "ip6")
     for chain in every:
         if chain.hook == "forward" and chain.family in families and _Walk(every, packet).drops(chain):
@@ -54,6 +63,40 @@ def ingress_dropped(chains: Iterable[NftChain], device: str) -> bool:
     )
 
 
+def redirected(chains: Iterable[NftChain], devices: Iterable[str]) -> list[tuple[NftChain, NftRule]]:
+    """Rules that hand packets of these devices, or packets to them, over past everything (fwd, dup)."""
+    ours = frozenset(devices)
+    every = tuple(chains)
+    out = []
+    for chain in every:
+        # A chain that is jumped to may be any hooked one's of its table.
+        hooked = [c for c in every if (c.family, c.table) == (chain.family, chain.table) and c.hook]
+        reach = {device for c in hooked for device in c.devices}
+        for rule in chain.rules if hooked else ():
+            told = [value for part in rule.parts for name, value in part.items() if name in ("fwd", "dup")]
+            if told and (reach & ours or any(ours & set(_words(value)) for value in told)):
+                out.append((chain, rule))
+    return out
+
+
+def _words(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _words(inner)
+
+
+def _rewrites_target(rule: NftRule) -> bool:
+    for part in rule.parts:
+        mangle = part.get("mangle")
+        if isinstance(mangle, dict) and not (
+            isinstance(mangle.get("key"), dict) and mangle["key"].keys() & {"meta", "ct"}
+        ):
+            return True
+    return False
+
+
 class _Walk:
     """One packet's way through chains."""
 
@@ -64,98 +107,150 @@ class _Walk:
 
     def drops(self, chain: NftChain) -> bool:
         """Whether a base chain drops the packet for sure."""
-        end = self._end(chain)
+        try:
+            end = self._end(chain, 0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return False  # not as nft writes it
         return end == "drop" or (end == "on" and chain.policy == "drop")
 
-    def _end(self, chain: NftChain) -> str:
+    def _end(self, chain: NftChain, depth: int) -> str:
         """How a chain ends. `drop`: dropped for sure; `on`: no rule lets it through; `doubt`: maybe one does."""
         left = False  # whether the packet may be out of this chain already, on to what comes after it
         for rule in chain.rules:
             self.steps += 1
-            if self.steps > _STEPS:
+            if self.steps > _STEPS or depth > _DEPTH:
                 return "doubt"
-            holds, verdict = self._rule(rule)
-            if holds is False or verdict is None:
-                continue
-            name, target = verdict
-            end = {"drop": "drop", "reject": "drop", "return": "on"}.get(name, "doubt")
-            if name in ("jump", "goto"):
-                called = self.chains.get((chain.family, chain.table, target))
-                end = "doubt" if called is None else self._end(called)
-                if end == "on" and name == "jump":
+            for holds, (name, target) in self._outcomes(rule):
+                if name == "continue":
+                    if holds:
+                        break
                     continue
-            if end == "doubt":
-                return "doubt"
-            if holds:
-                return "on" if left else end
-            left = left or end == "on"
+                end = {"drop": "drop", "reject": "drop", "return": "on"}.get(name, "doubt")
+                if name in ("jump", "goto"):
+                    called = self.chains.get((chain.family, chain.table, target))
+                    end = "doubt" if called is None else self._end(called, depth + 1)
+                    if end == "on" and name == "jump":
+                        if holds:
+                            break
+                        continue
+                if end == "doubt":
+                    return "doubt"
+                if holds:
+                    return "on" if left else end
+                left = left or end == "on"
         return "on"
 
-    def _rule(self, rule: tuple[Mapping[str, Any], ...]) -> tuple[bool | None, tuple[str, str] | None]:
-        """Whether the rule holds for the packets (None: for some, perhaps), and its verdict."""
-        holds: bool | None = True
-        for part in rule:
+    def _outcomes(self, rule: NftRule) -> Iterator[tuple[bool, _Verdict]]:
+        """The verdicts a rule may come to, in order, and whether it comes to it for sure, should it get that far."""
+        sure = True
+        for part in rule.parts:
             for name, value in part.items():
                 if name == "match":
                     asked = self._match(value)
                     if asked is False:
-                        return False, None
-                    holds = None if asked is None else holds
-                elif name == "continue":
-                    return holds, None
-                elif name in ("drop", "reject", "accept", "return"):
-                    return holds, (name, "")
-                elif name in ("jump", "goto"):
-                    return holds, (name, str(value.get("target")) if isinstance(value, dict) else "")
+                        return
+                    sure = sure and asked is True
+                elif name in _VERDICTS:
+                    yield sure, _verdict(name, value)
+                    return
+                elif name == "vmap":
+                    yield from self._mapped(value, sure)
+                elif name == "xt" and isinstance(value, dict) and value.get("type") == "match":
+                    sure = False
                 elif name in _IDLE:
                     # A limit is a condition too.
-                    holds = None if name in ("limit", "quota") else holds
-                else:  # vmap, and whatever else may decide: dup, fwd, xt, flow add, tproxy, …
-                    return None, (name, "")
-        return holds, None
+                    sure = sure and name not in ("limit", "quota")
+                else:  # whatever else may decide: dup, fwd, queue, flow add, tproxy, a target of iptables, …
+                    yield False, _DOUBT
+                    return
 
-    def _match(self, match: Any) -> bool | None:
-        if not isinstance(match, dict):
-            return None
+    def _mapped(self, vmap: Mapping[str, Any], sure: bool) -> Iterator[tuple[bool, _Verdict]]:
+        data = vmap["data"]
+        if not isinstance(data, dict):  # a map that comes and goes
+            yield False, _DOUBT
+            return
+        for key, verdict in data["set"]:
+            holds = self._compare(vmap["key"], [key])
+            if holds is not False:
+                for name, value in verdict.items():
+                    yield sure and holds is True, _verdict(name, value)
+
+    def _match(self, match: Mapping[str, Any]) -> bool | None:
         left, right, op = match.get("left"), match.get("right"), match.get("op")
         if not isinstance(left, dict) or op not in ("==", "!=", "in"):
             return None
-        found = self._compare(left, right)
+        values = right["set"] if isinstance(right, dict) and "set" in right else [right]
+        found = self._compare(left, values)
         return found if op != "!=" or found is None else not found
 
-    def _compare(self, left: Mapping[str, Any], right: Any) -> bool | None:
-        values = right.get("set") if isinstance(right, dict) and "set" in right else [right]
-        if not isinstance(values, list):
-            return None
-        key = left["meta"].get("key") if isinstance(left.get("meta"), dict) else None
-        if key in ("iifname", "iif", "oifname", "oif"):
-            name = self.packet.iif if key.startswith("iif") else self.packet.oif
-            if not all(isinstance(value, str) and not value.startswith("@") for value in values):
-                return None
-            return any(_same_name(name, value) for value in values) if name else None
-        if key == "nfproto" and self.packet.version:
-            return f"ipv{self.packet.version}" in values
+    def _compare(self, left: Mapping[str, Any], values: list[Any]) -> bool | None:
+        """Whether the packets have one of the values; None for some of them, perhaps."""
         payload = left.get("payload")
         if isinstance(payload, dict) and payload.get("field") == "daddr" and payload.get("protocol") in ("ip", "ip6"):
             return self._targets(values)
+        found = [self._one(left, value) for value in values]
+        return True if True in found else None if None in found else False
+
+    def _one(self, left: Mapping[str, Any], value: Any) -> bool | None:
+        if isinstance(value, dict) and "elem" in value:  # an element with a counter, or with a time to live
+            wrapped = value["elem"]
+            return self._one(left, wrapped["val"]) if not wrapped.keys() & {"timeout", "expires"} else None
+        if "concat" in left:
+            if not isinstance(value, dict) or "concat" not in value:
+                return None
+            found = [self._compare(part, [item]) for part, item in zip(left["concat"], value["concat"], strict=True)]
+            return False if False in found else None if None in found else True
+        meta = left.get("meta")
+        key = meta.get("key") if isinstance(meta, dict) else None
+        if not isinstance(value, str) or value.startswith("@") or value == "*":
+            return None
+        if key in ("iifname", "iif", "oifname", "oif"):
+            name = self.packet.iif if key.startswith("iif") else self.packet.oif
+            return _same_name(name, value) if name else None
+        if key in ("nfproto", "protocol") and self.packet.version:
+            return (
+                value
+                == {"nfproto": f"ipv{self.packet.version}", "protocol": "ip6" if self.packet.version == 6 else "ip"}[
+                    key
+                ]
+            )
         return None
 
     def _targets(self, values: list[Any]) -> bool | None:
         """Whether every target is among the values; None where that is not sure."""
+        networks: list[IpNetwork] = []
+        for value in values:
+            read = _networks(value)
+            if read is None:
+                return None
+            networks += read
         if not self.packet.targets:
             return None
-        networks = []
-        for value in values:
-            try:
-                prefix = value.get("prefix") if isinstance(value, dict) else None
-                networks.append(ip_network(f"{prefix['addr']}/{prefix['len']}" if prefix else value, strict=False))
-            except (ValueError, KeyError, TypeError):
-                return None
         within = (
             any(t.version == n.version and t.subnet_of(n) for n in networks)  # type: ignore[arg-type]
             for t in self.packet.targets
         )
-        return True if all(within) else None
+        if all(within):
+            return True
+        apart = all(not t.overlaps(n) for n in networks for t in self.packet.targets if t.version == n.version)
+        return False if apart else None
+
+
+def _verdict(name: str, value: Any) -> _Verdict:
+    return name, str(value.get("target")) if isinstance(value, dict) else ""
+
+
+def _networks(value: Any) -> list[IpNetwork] | None:
+    """An address, a prefix or a range as nft writes them."""
+    try:
+        if isinstance(value, dict) and "prefix" in value:
+            return [ip_network(f"{value['prefix']['addr']}/{value['prefix']['len']}", strict=False)]
+        if isinstance(value, dict) and "range" in value:
+            first, last = map(ip_address, value["range"])
+            return list(summarize_address_range(first, last))
+        return [ip_network(value, strict=False)] if isinstance(value, str) else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _same_name(name: str, pattern: str) -> bool:
