@@ -39,7 +39,10 @@ class Meter:
         self.spent += steps
         self.left -= steps
         if self.left < 0:
-            raise Exhausted("the flows overlap each other too much to be taken apart in time")
+            raise Exhausted(
+                "the flows overlap each other too much to be taken apart in time; "
+                "take some away, or compare whole fields and prefixes in them"
+            )
 
 
 def witness(cube: Cube, negatives: Iterable[Cube], meter: Meter | None = None) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 from controller import fields
@@ -145,3 +146,29 @@ def test_where_a_seal_cannot_win_the_leak_stays_told() -> None:
     match = Match.named(in_port=switch.number("veth102"), eth_type=0x0800)
     wired.say(*switch.add_by_others(Flow(0, 0xFFFF, match, (Output(switch.number("from-privacy")),), cookie=0x77)))
     assert about_leaks(wired.wait(3)) == [Kind.LEAK, Kind.SEALED]
+
+
+def test_flows_that_take_long_to_prove_leave_time_for_everything_else() -> None:
+    """Somebody who keeps changing hundreds of tangled flows does not keep the controller from its work."""
+    wired, switches = started()
+    switch = switches["vmbr0"]
+    rng = random.Random(5)
+    wired.say(*switch.add_by_others(*(tangled(rng) for _ in range(400))))
+    wired.wait(1)
+    (watch,) = (w for dpid, w in wired.core._watches.items() if dpid == switch.dpid)
+    assert watch._prover.spent > 50_000
+    looked = watch._seen
+    wired.say(*switch.add_by_others(tangled(rng)))
+    wired.wait(0.6)
+    assert watch._seen == looked
+    wired.wait(10)
+    assert watch._seen != looked
+
+
+def tangled(rng: random.Random) -> Flow:
+    """A flow that compares random bits of four fields, and so meets most others of its kind."""
+    items = [(fields.ETH_TYPE.header, 0x0800, 0xFFFF)]
+    for of in (fields.IPV4_SRC, fields.IPV4_DST, fields.ETH_SRC):
+        mask = rng.getrandbits(of.bits) & rng.getrandbits(of.bits) & rng.getrandbits(of.bits)
+        items.append((of.header, rng.getrandbits(of.bits) & mask, mask))
+    return Flow(0, rng.randrange(1000, 60000), Match.of(items), (), rng.choice((10, 30)), cookie=0x77)
