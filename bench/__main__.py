@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bench import install, throughput
+from bench import install, proof, throughput
 from bench.harness import Figure
 
 
@@ -22,7 +22,7 @@ from bench.harness import Figure
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1), help="Repetitions; medians count.")
 @click.option("--seconds", default=3, show_default=True, help="Length of one iperf3 run.")
 @click.option("--connections", default=1000, show_default=True, help="TCP connections for the cache figure.")
-@click.option("--only", type=click.Choice(["install", "throughput"]), help="Just one of the two parts.")
+@click.option("--only", type=click.Choice(["install", "throughput", "proof"]), help="Just one of the parts.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the figures here as JSON.")
 def main(flows: int, rounds: int, seconds: int, connections: int, only: str | None, out: Path | None) -> None:
     """Measure, in private namespaces, against peers of the same run. Exit 1 if a bar is not met."""
@@ -44,6 +44,9 @@ def _measure(flows: int, rounds: int, seconds: int, connections: int, only: str 
     if only in (None, "throughput"):
         click.echo(f"iperf3, {rounds} rounds of {seconds} s on each bridge …", err=True)
         yield from throughput.measure(seconds, rounds, connections)
+    if only in (None, "proof"):
+        click.echo(f"proofs of up to {proof.SIZES[-1]} flows, {rounds} rounds …", err=True)
+        yield from proof.measure(rounds)
 
 
 def _table(figures: list[Figure]) -> Table:

@@ -100,7 +100,10 @@ def prove(
     state: DesiredState, bridge: Bridge, ports: Mapping[str, Port], flows: Iterable[Flow], *, most: int = MOST
 ) -> tuple[Finding, ...]:
     """What is wrong with `flows` on `bridge`: nothing, if they do no more than `state` allows. At most `most` findings."""
-    return _Proof(state, bridge, ports, {flow.key: flow for flow in flows}, most).findings()
+    proof = _Proof(state, bridge, ports, {flow.key: flow for flow in flows}, most)
+    found = proof.findings()
+    proof.release()
+    return found
 
 
 class Prover:
@@ -126,12 +129,20 @@ class Prover:
                     return ()
             except (Outdated, TooLarge, Exhausted):
                 pass
+        if proof is not None:
+            proof.release()
         proof = _Proof(state, bridge, ports, flows)
         found = proof.findings()
         self.spent = proof.explorer.meter.spent
-        if not found:
+        if found:
+            proof.release()
+        else:
             self._proof = proof
         return found
+
+    def __del__(self) -> None:
+        if self._proof is not None:
+            self._proof.release()
 
     def could_learn(self, flow: Flow) -> bool:
         """Whether the flows that were proved last could make the switch learn this one: it is proved with them."""
@@ -182,6 +193,11 @@ class _Proof:
         self.suspects: dict[_Suspect, None] = {}
         self._enough: int | None = None
         self._entering = self.ports.all
+
+    def release(self) -> None:
+        """Forget everything. Its parts hold each other: this gives their memory back at once, and there is much of it."""
+        self.reached.release()
+        vars(self).clear()
 
     def is_worn(self) -> bool:
         """Whether so many port numbers have come and gone that it is better to begin anew."""

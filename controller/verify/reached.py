@@ -150,6 +150,14 @@ class Reached:
         self._run()
         return new
 
+    def release(self) -> None:
+        """Let go of all places, which hold each other."""
+        for node in self._places.values():
+            node.fed.clear()
+            node.by.clear()
+        for known in (self._places, self._tables, self._users, self._senders, self._learned, self._made):
+            known.clear()
+
     def forget(self, ports: int) -> None:
         """Forget what packets of these ports can do: it has to be found out again with `enter`.
 
