@@ -163,9 +163,12 @@ class Reached:
 
         A region is as good without them: what its other packets can do was found out for each by itself.
         """
+        if not ports:
+            return
         for node in self._places.values():
             node.regions = _without(node.regions, ports)
-            node.pending = _without(node.pending, ports)
+            if node.pending:
+                node.pending = _without(node.pending, ports)
         for learned in self._learned.values():
             for key, regions in learned.items():
                 learned[key] = _without(regions, ports)
@@ -425,7 +428,10 @@ def _take(regions: list[Region], region: Region) -> list[Region]:
 
 def _without(regions: list[Region], ports: int) -> list[Region]:
     """The regions without packets of some ports."""
-    if not any(region.ports & ports for region in regions):
+    for region in regions:
+        if region.ports & ports:
+            break
+    else:
         return regions
     left = (region._replace(ports=region.ports & ~ports) for region in regions)
     return [region for region in left if region.ports]
