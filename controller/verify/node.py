@@ -2,7 +2,7 @@
 
 A packet keeps what was written into it on its way from bridge to bridge, but registers and what is known of its
 connection are cleared (`ovs-fields(7)`). Regions stay those of the packet as it entered the first bridge. Imports explore,
-walk, links and compile.
+walk, links, prove and compile.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from controller.model import DesiredState
 from controller.verify.explore import ANYWHERE, Explorer, Learned, Overlay, Place, Region, Sent, TooLarge
 from controller.verify.links import End, declared_links
 from controller.verify.policy import both
+from controller.verify.prove import learnable
 from controller.verify.rules import Ports, Rule, Rules
 from controller.verify.space import ALL, ENTERING, Cube
 from controller.verify.walk import Walker, Way
@@ -95,16 +96,19 @@ class Node:
 
     bridges: Mapping[str, Held]
     links: Mapping[End, End] = field(default_factory=dict)
+    learnable: Mapping[str, tuple[Flow, ...]] | None = None
+    """What each switch could ever learn, by bridge, if that is known already."""
 
     @classmethod
     def declared(cls, state: DesiredState) -> Node:
         """What a state compiles to, all ports there and numbered as declared. Raises `Conflict`."""
-        held = {}
+        held, learned = {}, {}
         for bridge in state.bridges:
             ports = planned_ports(state, bridge)
             flows = BridgeCompiler().compile(state, bridge, ports).flows.values()
             held[bridge.name] = Held.of(bridge.name, {name: port.number for name, port in ports.items()}, flows)
-        return cls(held, declared_links(state))
+            learned[bridge.name] = learnable(state, bridge, ports, flows)
+        return cls(held, declared_links(state), learned)
 
     # ---------------------------------------------------------------------------------------------------- all packets
 
@@ -125,6 +129,11 @@ class Node:
     def _taught(self) -> dict[str, _Side]:
         """With every flow that could be learned: found out by letting everybody send, until nothing new comes of it."""
         sides = {name: _side(held) for name, held in self.bridges.items()}
+        if self.learnable is not None:
+            for name, flows in self.learnable.items():
+                for tag, flow in enumerate(flows, start=1):
+                    sides[name].explorer.rules.add(flow, sure=False, tag=tag)
+            return sides
         if not any(side.explorer.rules.learns for side in sides.values()):
             return sides
         made: dict[str, set[bytes]] = {name: set() for name in sides}

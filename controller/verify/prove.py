@@ -106,6 +106,17 @@ def prove(
     return found
 
 
+def learnable(
+    state: DesiredState, bridge: Bridge, ports: Mapping[str, Port], flows: Iterable[Flow]
+) -> tuple[Flow, ...]:
+    """Every flow that any packets could make `flows` learn; perhaps a few more. Raises `TooLarge` or `Exhausted`."""
+    proof = _Proof(state, bridge, ports, {flow.key: flow for flow in flows})
+    proof.follow()
+    found = proof.reached.learnable()
+    proof.release()
+    return found
+
+
 class Prover:
     """Proves one bridge's flows again and again; what has not changed since the last proof is not looked at again."""
 
@@ -207,12 +218,12 @@ class _Proof:
         """Prove everything."""
         try:
             try:
-                self._find_suspects(ENOUGH)
+                self.follow(ENOUGH)
             except _Enough:
                 # Flows that leave everything open are not followed to the end where a few examples will do.
                 if found := self._confirmed():
                     return found
-                self._find_suspects()
+                self.follow()
         except (TooLarge, Exhausted) as exc:
             return self._confirmed() or (Finding(self.bridge, f"isolation could not be proved: {exc}"),)
         return self._confirmed()
@@ -231,7 +242,8 @@ class _Proof:
                     break
         return tuple(out)
 
-    def _find_suspects(self, enough: int | None = None) -> None:
+    def follow(self, enough: int | None = None) -> None:
+        """Follow everything that can enter, and note what is suspect."""
         self._enough = enough
         while True:
             self.explorer.layout = None

@@ -200,6 +200,10 @@ class Reached:
             self._again(node, node.regions)
         self._run()
 
+    def learnable(self) -> tuple[Flow, ...]:
+        """Every flow that packets could make `learn` install."""
+        return tuple(instance.rule.flow for instance in self._made.values())
+
     def could_learn(self, flow: Flow) -> bool:
         """Whether a flow is one of those that packets could make `learn` install, with what nobody knew filled in."""
         cube, port, exact = of_match(flow.match)
