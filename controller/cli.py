@@ -42,6 +42,7 @@ from controller.terminal import (
     run_dir_option,
     say,
 )
+from controller.verify.gate import try_proof
 from lab.cli import lab
 
 OVSDB = "unix:/var/run/openvswitch/db.sock"
@@ -149,7 +150,7 @@ def _print_ofctl(compiled: Compiled, names: Names) -> None:
 @guarded
 def plan(file: Path, run_dir: Path, as_json: bool) -> None:
     """Show what a state FILE would change in the switches; exit 1 if anything. Changes nothing."""
-    load(file)  # every problem, before asking
+    try_proof(load(file).state)  # every problem, before asking
     reply = ask(run_dir, {"ask": "plan", "file": str(file.resolve())})
     differs = any(bridge["changes"] for bridge in reply["bridges"])
     if as_json:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from apps.spoof_guard import SpoofGuard
 from controller import fields
+from controller.cli import main
 from controller.compile import BridgeCompiler, planned_ports
 from controller.events import Kind
 from controller.flow import Flow, Match, Output, SetField
@@ -18,6 +21,8 @@ from controller.signals import AddFlow, Install, Log, StateLoaded
 from controller.verify.gate import try_proof
 from controller.verify.prove import Unsafe, prove
 from tests.fakes.states import started, two_networks
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "oo1424oo.yaml"
 
 
 def test_two_networks_are_proved() -> None:
@@ -80,3 +85,12 @@ def test_a_packet_may_not_leave_as_another_than_came_in() -> None:
     assert not prove(state, bridge, ports, [*flows.values(), plain])
     found = prove(state, bridge, ports, [*flows.values(), rewritten])
     assert found and "written other addresses" in found[0].text and found[0].counterexample is not None
+
+
+@pytest.mark.parametrize("command", ["check", "plan"])
+def test_commands_say_what_is_not_proved(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_a_hole(monkeypatch)
+    done = CliRunner().invoke(main, [command, str(EXAMPLE)])
+    assert done.exit_code == 1
+    assert "would open a path" in done.stderr and "packet in_port=1" in done.stderr
+    assert "Traceback" not in done.stderr
