@@ -1,9 +1,8 @@
 """Where can packets go? Symbolic execution of one bridge's flows on sets of packets.
 
 A region is a set of ports, a cube and cubes taken from it, all in terms of the packet *as it came in*; what flows have
-written lies over it as an `Overlay`. Copies (`move`) are kept as what they are, so regions stay exact. The explorer
-merges regions that stand before the same table with the same overlay: the union's hull, which may hold more packets
-than the union, never fewer. What it finds is checked by a walk that does not merge (`paths`).
+written lies over it as an `Overlay`. Copies (`move`) are kept as what they are, so regions stay exact. `step` says what
+becomes of packets in one table, `paths` follows them way by way; `reached` merges what stands before the same table.
 
 Over-approximated, on purpose: the lesser of two flows of one priority, learned flows (anything `learn` could ever
 install), unknown actions (may send anything anywhere), NORMAL, FLOOD and ALL (any port). Imports rules and cubes.
@@ -11,7 +10,6 @@ install), unknown actions (may send anything anywhere), NORMAL, FLOOD and ALL (a
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -263,8 +261,6 @@ class Explorer:
     """What it may do; reading our own flows takes about 100 for each."""
     states: Callable[[], Iterable[int]] = lambda: CT_STATES
     """What connection tracking may say of a packet."""
-    _made: set[bytes] = field(default_factory=set)
-    _steps: int = 0
 
     @property
     def ports(self) -> Ports:
@@ -421,66 +417,12 @@ class Explorer:
         self, place: Place, region: Region, *, keep: int | None
     ) -> Iterator[tuple[Rule | None, Sent | Learned | tuple[Place, Region]]]:
         """Everything that can become of packets of `region` at `place`."""
-        self._steps += 1
         for rule, matched in self.lookup(place, region, keep=keep):
             for outcome in self.perform(rule.flow, rule.flow.actions, rule.flow.goto, place, matched):
                 yield rule, outcome
         if place.then:  # a miss comes back too; taken for possible always, which allows more
             for outcome in self.back(place.overlay, place.then, region):
                 yield None, outcome
-
-    # ------------------------------------------------------------------------------------------------------- merged
-
-    def reach(self, start: Region) -> Iterator[Sent]:
-        """Everything that packets of `start` can leave by, merged: it may tell more, never less. Raises `TooLarge`."""
-        nodes: dict[Place, Region] = {}
-        queue: list[tuple[int, int, Place]] = []
-        queued: set[Place] = set()
-        count = 0
-
-        def visit(place: Place, region: Region) -> None:
-            nonlocal count
-            old = nodes.get(place)
-            new = region if old is None else _merge(old, region)
-            if old is not None and new == old:
-                return
-            nodes[place] = new
-            if place not in queued:
-                count += 1
-                if len(nodes) > NODES:
-                    raise TooLarge(f"more than {NODES} ways through the tables")
-                queued.add(place)
-                heapq.heappush(queue, (place.table, count, place))
-
-        visit(Place(0), start)
-        while queue:
-            _, _, place = heapq.heappop(queue)
-            queued.discard(place)
-            gathered: dict[Place, Region] = {}
-            for _, outcome in self.step(place, nodes[place], keep=KEEP):
-                match outcome:
-                    case Sent():
-                        yield outcome
-                    case Learned():
-                        for table in self._learn(outcome):
-                            for node in [n for n in nodes if n.table == table and n not in queued]:
-                                queued.add(node)
-                                count += 1
-                                heapq.heappush(queue, (node.table, count, node))
-                    case (Place() as to, Region() as region):
-                        there = gathered.get(to)
-                        gathered[to] = region if there is None else _merge(there, region)
-            for to, region in gathered.items():
-                visit(to, region)
-
-    def _learn(self, learned: Learned) -> set[int]:
-        new = set()
-        for flow in (f for n in self.ports.numbers(learned.region.ports) for f in self.could_install(learned, n)):
-            if flow.key + repr(flow.actions).encode() not in self._made:
-                self._made.add(flow.key + repr(flow.actions).encode())
-                self.rules.add(flow, sure=False)
-                new.add(flow.table)
-        return new
 
     def could_install(self, learned: Learned, number: int, own: Iterable[Cube] = (space.ALL,)) -> Iterator[Flow]:
         """Every flow that these packets, from port `number` and in `own`, could make `learn` install.
@@ -498,7 +440,7 @@ class Explorer:
     def paths(
         self, start: Region, limit: int, budget: list[int] | None = None
     ) -> Iterator[tuple[Sent, tuple[Rule | None, ...]]]:
-        """As `reach`, without merging, with the way.
+        """Everything that packets of `start` can leave by, each with the flows on the way.
 
         Raises `TooLarge` after `limit` steps, or when a `budget`, which it uses up, comes to 0.
         """
@@ -556,14 +498,6 @@ def _instance(learn: Learn, now: Cube, port: int) -> Flow:
     return Flow(learn.table, learn.priority, match, tuple(loads), cookie=learn.cookie)
 
 
-def _merge(a: Region, b: Region) -> Region:
-    if a == b:
-        return a
-    cube = a.cube if a.cube == b.cube else space.hull(a.cube, b.cube)
-    minus = tuple(m for m in dict.fromkeys((*a.minus, *b.minus)) if _lacks(a, m) and _lacks(b, m))
-    return Region(a.ports | b.ports, cube, minus, a.owned and b.owned)
-
-
 def _widest(cubes: Iterable[Cube], most: int) -> tuple[Cube, ...]:
     """The cubes with the fewest bits, as many as there may be, but all of one width or none.
 
@@ -597,8 +531,3 @@ def _propagate(cube: Cube, minus: list[Cube]) -> tuple[Cube, tuple[Cube, ...]]:
                 rest.append(theirs)
         minus = rest
     return (value, mask), tuple(minus)
-
-
-def _lacks(region: Region, cube: Cube) -> bool:
-    """Whether plainly no packet of `region` is in `cube`."""
-    return cube in region.minus or meet(cube, region.cube) is None
