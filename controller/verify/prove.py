@@ -294,6 +294,7 @@ class _Proof:
             self.reached.again(region)
         for number in more:
             self.reached.learn_again(number)
+        self.reached.judge_again(ANYWHERE)  # to ports that are new too
         for number in self.policy.receives.keys() | old.receives.keys():
             before_, may = old.receives.get(number, ()), self.policy.receives.get(number, ())
             if before_ is not may and before_ != may and not all(any(a.within(b) for b in may) for a in before_):
