@@ -124,16 +124,19 @@ class Overlay(NamedTuple):
         return out.blur(_TRANSLATED) if ct.nat else out
 
     def _load(self, target: Bits, value: int) -> Overlay:
-        where = space.place(target.header)
-        if where is None:
-            return self
-        at = where[0] + target.start
-        return self.write(value << at, ((1 << target.width) - 1) << at)
+        out = self
+        for header, start, width in fields.parts(*target):  # an extended register is the registers it is made of
+            where = space.place(header)
+            if where is not None:
+                out = out.write(value << where[0] + start, ((1 << width) - 1) << where[0] + start)
+            value >>= width
+        return out
 
     def _move(self, source: Bits, target: Bits) -> Overlay:
         to = space.place(target.header)
         if to is None:
-            return self
+            pieces = [(place[0] + start, w) for h, start, w in fields.parts(*target) if (place := space.place(h))]
+            return self.blur(sum(((1 << width) - 1) << at for at, width in pieces))
         at = to[0] + target.start
         where = space.place(source.header) if source.header not in space.IN_PORTS else None
         if where is None:
@@ -368,9 +371,10 @@ class Explorer:
                 case Output(port):
                     yield Sent(region, 0xFFFE if port == fields.LOCAL else port, flow, overlay)
                 case DecTtl():
-                    left = overlay.known(region.cube)
-                    if left[1] & _TTL == _TTL and space.get(left[0], fields.IP_TTL) <= 1:
-                        yield from self.back(overlay, then, region)  # what resubmitted it goes on
+                    ends = _ends(overlay.known(region.cube))
+                    if ends is not False:  # this flow is done then, but what resubmitted the packet goes on
+                        yield from self.back(overlay, then, region)
+                    if ends:
                         return
                     overlay = overlay.blur(_TTL)
                 case SetField() | Load() | Move() | CtClear() | PopVlan():
@@ -381,6 +385,8 @@ class Explorer:
                     if table is not None:
                         yield from self._tracked(action, table, overlay, region)
                     overlay = overlay.write(0, _TRACKED)
+                    if action.nat:  # later flows see it as it was, but translated it leaves: anything, to be safe
+                        overlay = overlay.blur(_TRANSLATED)
                 case Clone(copied):
                     yield from self.perform(flow, copied, None, Place(place.table, overlay), region)
                 case Resubmit(table):
@@ -461,6 +467,19 @@ class Explorer:
                         stack.append((to, left, here))
 
 
+def _ends(now: Cube) -> bool | None:
+    """Whether packets have no hop left; None if some may. Only IP counts hops: Open vSwitch leaves others as they are."""
+    value, mask = now
+    more = _TTL & ~space.bits(fields.IP_TTL, 1, 1)[1]
+    if value & mask & more:
+        return False
+    if all(meet(now, kind) is None for kind in _COUNTING):
+        return False
+    return True if mask & more == more and any(inside(now, kind) for kind in _COUNTING) else None
+
+
+_COUNTING = (space.bits(fields.ETH_TYPE, 0x0800), space.bits(fields.ETH_TYPE, 0x86DD))
+
 _NOBODY_KNOWS = Bits(0, 0, 0)
 """As the source of a copy: what comes of it is not known."""
 
@@ -475,7 +494,9 @@ def _instance(learn: Learn, now: Cube, port: int) -> Flow:
         if isinstance(source, int):
             value, known = source, ones
         elif source.header in space.IN_PORTS:
-            value, known = (port & 0xFFFF, ones) if port >= 0 else (0, 0)
+            local = fields.LOCAL if source.header == fields.IN_PORT_FIELD.header else 0xFFFE
+            number = local if port == 0xFFFE else port
+            value, known = (number >> source.start & ones, ones) if port >= 0 else (0, 0)
         elif (where := space.place(source.header)) is not None:
             value, known = now[0] >> where[0] + source.start & ones, now[1] >> where[0] + source.start & ones
         else:
@@ -488,7 +509,7 @@ def _instance(learn: Learn, now: Cube, port: int) -> Flow:
             header = spec.target.header
             header = fields.IN_PORT_FIELD.header if header in space.IN_PORTS else header
             if header == fields.IN_PORT_FIELD.header:
-                if known == ones:
+                if known == ones and spec.target.start == 0 and width >= 16:  # a part of it is taken for any port
                     items[header] = (fields.LOCAL if value == 0xFFFE else value, fields.IN_PORT_FIELD.full)
                 continue
             old = items.get(header, (0, 0))

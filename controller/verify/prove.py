@@ -6,7 +6,7 @@ answers with a concrete packet. It fails closed: what cannot be decided is a fin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from controller.problems import BulkheadError
 from controller.verify.cubes import Exhausted, Meter, empty, witness
 from controller.verify.explore import ANYWHERE, Explorer, Learned, Region, Sent, TooLarge
 from controller.verify.packetwords import words
-from controller.verify.policy import ANY_ARP, NONE, Policy, Senders, both
+from controller.verify.policy import ANY_ARP, NONE, Policy, Receives, Senders, both
 from controller.verify.reached import Outdated, Reached
 from controller.verify.rules import ALIKE, OTHER, Ports, Rule, Rules
 from controller.verify.space import ALL, ENTERING, Cube, CubeSet, bits, inside, meet
@@ -172,6 +172,28 @@ def _rewrites(sent: Sent) -> bool:
     return bool((overlay.mask | overlay.unknown | overlay.copied) & _TOLD_APART)
 
 
+def _refused(receives: Sequence[Receives]) -> Iterator[tuple[Cube, tuple[Cube, ...]]]:
+    """What none of `receives` lets out, as cubes with what is taken from each.
+
+    Each refuses what is in none of its `among`, and what is in one of its `but`: so a packet that two of them except is
+    refused though it is among what both allow.
+    """
+    stack: list[tuple[int, Cube, tuple[Cube, ...]]] = [(0, ALL, ())]
+    while stack:
+        at, cube, beside = stack.pop()
+        if at == len(receives):
+            yield cube, beside
+            continue
+        may = receives[at]
+        among = tuple(c for c in may.among if meet(c, cube) is not None)
+        if not among or any(inside(cube, but) for but in may.but):
+            stack.append((at + 1, cube, beside))
+            continue
+        excepted = [common for but in may.but if (common := meet(cube, but)) is not None]
+        stack += [(at + 1, common, beside) for common in reversed(excepted)]
+        stack.append((at + 1, cube, (*beside, *among)))
+
+
 class _Suspect(NamedTuple):
     """Packets that the kept regions cannot excuse: from port `number`, out of `port`."""
 
@@ -231,7 +253,9 @@ class _Proof:
     def _confirmed(self) -> tuple[Finding, ...]:
         out: list[Finding] = []
         budget = [CONFIRM_STEPS]
-        for suspect in self.suspects:
+        for suspect in sorted(self.suspects, key=lambda suspect: suspect.port == ANYWHERE):
+            if suspect.port == ANYWHERE and out:
+                break  # a port by name tells more
             try:
                 found = self._confirm(suspect.port, suspect.number, budget)
             except (TooLarge, Exhausted) as exc:
@@ -272,6 +296,10 @@ class _Proof:
             changed = dict(new)
             gone = [self.by_key.pop(key) for key in before if key not in flows or key in changed]
         others = alike ^ self.ports.alike
+        if others and alike.bit_count() < 2:
+            # What went from those alike to the only one of them was the port it came in by, which is skipped, and for
+            # none of them nothing was judged at all. Another one would be taken for judged with them.
+            raise Outdated
         lost: list[Region] = []
         more: list[int] = []
         for number in self.policy.senders.keys() | old.senders.keys():
@@ -309,12 +337,17 @@ class _Proof:
 
     def _receivers(self, sent: Sent) -> list[int]:
         if sent.port == ANYWHERE:
-            return [number for number in self.ports.numbers(self.ports.all) if number >= 0]
+            return [*(number for number in self.ports.numbers(self.ports.all) if number >= 0), ANYWHERE]
         return [sent.port]
 
     def _excess(self, port: int, sent: Sent) -> Iterator[int]:
         """The ports in from which packets may leave by `port` that must not."""
         region = sent.region
+        if port == ANYWHERE:
+            # Nobody receives this: a bridge may get a port that we are not told of, an action that we do not know may
+            # do more than send, and a flow that writes the ingress port may send back to the real one.
+            yield from self.ports.numbers(region.ports)
+            return
         if port == (fields.IN_PORT & 0xFFFFFFFF):
             if not inside(region.cube, ANY_ARP):
                 yield from self.ports.numbers(region.ports)
@@ -354,14 +387,7 @@ class _Proof:
             yield cube, ()
         bit = self.ports.fold(self._bit(number))
         mine = [r for r in self.policy.receives.get(port, ()) if r.ports & bit]
-        yield ALL, tuple(cube for r in mine for cube in r.among)
-        for receives in mine:
-            for cube in receives.but:
-                for among in receives.among:
-                    common = meet(cube, among)
-                    if common is not None:
-                        beside = tuple(c for r in mine if r is not receives for c in r.among)
-                        yield common, beside
+        yield from _refused(mine)
 
     def _confirm(self, port: int, number: int, budget: list[int]) -> Finding | None:
         bit = self._bit(number)
@@ -379,6 +405,8 @@ class _Proof:
 
     def _confirm_rewritten(self, port: int, number: int, budget: list[int]) -> Finding | None:
         """A packet that leaves as another than came in, though this one may."""
+        if port == fields.IN_PORT:
+            return None  # an answer to ARP is the question rewritten
         for found, way in self.explorer.paths(Region(self._bit(number), ENTERING), PATH_STEPS, budget):
             if found.port in (port, ANYWHERE) and _rewrites(found):
                 header = witness(found.region.cube, found.region.minus, self.explorer.meter)
@@ -389,7 +417,8 @@ class _Proof:
 
     def _finding(self, number: int, port: int, header: int, way: tuple[Rule | None, ...]) -> Finding:
         source = self.policy.name(number) if number >= 0 else "an undeclared port"
-        target = "the port it came in by" if port == fields.IN_PORT else self.policy.name(port)
+        special = {fields.IN_PORT: "the port it came in by", ANYWHERE: "any port there may be"}
+        target = special.get(port) or self.policy.name(port)
         given = number if number >= 0 else self.ports.unused()
         packet = words(given, header)
         flows = tuple(rule.flow for rule in way if rule is not None)

@@ -368,8 +368,13 @@ class Reached:
             self._made_by.setdefault(number, set()).add(key)
 
     def _instance(self, flow: Flow) -> Rule:
+        """Raises `Outdated` where it names a port that nobody did before: what entered by that was among the others."""
         self._tags += 1
-        return self.explorer.rules.add(flow, sure=False, tag=self._tags)
+        named = len(self.explorer.ports)
+        rule = self.explorer.rules.add(flow, sure=False, tag=self._tags)
+        if len(self.explorer.ports) != named:
+            raise Outdated
+        return rule
 
     def _learn_again(self, number: int) -> None:
         """Forget what a port's packets could make `learn` install, and find it out again."""
