@@ -22,7 +22,7 @@ from controller.frame import LOCAL_NAME
 from controller.model import DesiredState
 from controller.problems import BulkheadError, InvalidInput, Problem, Severity, warning
 from controller.statefile import load
-from controller.terminal import NO, columns, guarded, json_option, print_grid, print_json, print_problems
+from controller.terminal import NO, UNKNOWN, columns, guarded, json_option, print_grid, print_json, print_problems
 from controller.verify.gate import try_proof
 from controller.verify.lint import Remark, TableUse, crossings, lint, tables
 from controller.verify.node import Held, Node
@@ -33,6 +33,8 @@ SAME = {"replies-astray": "vpn-replies-into-warp"}
 ADDED = frozenset(("dead-flow", "unreachable-table", "fragments-pass", "hidden-flow"))
 """What only looking at the flows together can tell; the rest the reader of state files has said in its own words."""
 FINDINGS = 60
+PARTIAL = "old-dump"
+"""The warning about a dump that does not tell everything: that nothing bad is in it says nothing of the switch."""
 
 
 @click.command("check")
@@ -48,6 +50,7 @@ FINDINGS = 60
 def check(file: Path | None, dump: str | None, bridge: str | None, as_json: bool) -> None:
     """Say everything that is wrong with a state FILE, or with any flows of a switch; exit 1 if they cannot be used.
 
+    Exit 2 if that cannot be found out: a dump of OpenFlow 1.0 leaves out what flows write (take ovs-ofctl -O OpenFlow14).
     FLOWS is what `ovs-ofctl dump-flows`, `ovs-ofctl add-flows` or `ovs-appctl bridge/dump-flows` print or read: overlaps, flows
     that never do anything, learned flows nobody reads, services robbed, flooding. Every remark has a packet that shows it.
     """
@@ -139,13 +142,20 @@ def _check_flows(file: Path | None, dump: str, bridge: str | None, as_json: bool
     state = load(file).state if file is not None else None
     name = _bridge(state, bridge, dump)
     numbers = _numbers(state, name, text)
-    read = read_flows(text, numbers, dump)
+    try:
+        read = read_flows(text, numbers, dump)
+    except InvalidInput as exc:
+        if not as_json:
+            raise
+        print_json({"valid": False, "flows": 0, "problems": [p.as_dict() for p in exc.problems], "tables": []})
+        sys.exit(NO)
     held = Held.of(name, numbers, read.flows)
     remarks = [*lint(held), *(_against(state, held) if state is not None else ())]
     where = {id(flow): line for flow, line in zip(read.flows, read.lines, strict=True)}
     problems = [*read.problems, *(_at(remark, dump, where) for remark in dict.fromkeys(remarks))]
     problems.sort(key=lambda p: (p.severity is not Severity.ERROR, int(p.path.rpartition(":")[2] or 0)))
     bad = any(p.severity is Severity.ERROR for p in problems)
+    partial = any(p.code == PARTIAL for p in problems)
     if as_json:
         print_json(_as_data(problems, read, tables(held)))
     else:
@@ -153,8 +163,14 @@ def _check_flows(file: Path | None, dump: str, bridge: str | None, as_json: bool
         _print_tables(tables(held))
         errors = sum(p.severity is Severity.ERROR for p in problems)
         click.echo(f"{dump}: {len(read.flows)} flows; {errors} error(s), {len(problems) - errors} warning(s)")
+        if partial and not bad:
+            click.echo(
+                "What the switch holds could not be found out from this dump: it leaves out what the flows write"
+            )
     if bad:
         sys.exit(NO)
+    if partial:
+        sys.exit(UNKNOWN)
 
 
 def _text(dump: str) -> str:

@@ -11,12 +11,13 @@ import os
 import re
 import subprocess
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from controller.flow import Flow
 from controller.flowtext import read_flows
-from controller.problems import BulkheadError
+from controller.problems import BulkheadError, InvalidInput, Severity
 from controller.verify.links import End
 from controller.verify.node import LOCAL, Held
 
@@ -25,6 +26,11 @@ _MISS = re.compile(r"^\s*(\d+)\. No match")
 _MATCHED = re.compile(r"^\s*(\d+)\. .*?\bpriority (\d+)(?:, cookie (0x[0-9a-f]+))?\s*$")
 _BRIDGE = re.compile(r'^bridge\("(.*)"\)$')
 _DATAPATH = re.compile(r"^Datapath actions: (.*)$")
+_VERSIONS = ",".join(f"OpenFlow1{minor}" for minor in range(6))
+_STAMP = re.compile(r"^\S+Z\|\d+\|\w+\|\w+\|", re.M)
+"""What Open vSwitch's tools put before a line of their log."""
+_PCAP = frozenset(map(bytes.fromhex, ("a1b2c3d4", "d4c3b2a1", "a1b23c4d", "4d3cb2a1")))
+_PCAPNG = bytes.fromhex("0a0d0d0a")
 _PORT = re.compile(r"^\s+(\S+) (\d+)/(none|\d+):")
 
 
@@ -90,7 +96,15 @@ class Ovs:
         """A bridge with every flow it holds: those that `ovs-ofctl dump-flows` hides, too."""
         numbers = self.numbers(bridge)
         text = self._run("ovs-appctl", "-t", self._daemon(), "bridge/dump-flows", bridge)
-        return Held.of(bridge, numbers, read_flows(text, numbers, f"bridge/dump-flows {bridge}").flows)
+        cookies = self._cookies(bridge, numbers)
+        flows = _read(text, numbers, bridge)
+        return Held.of(bridge, numbers, [replace(flow, cookie=cookies.get(flow.key, flow.cookie)) for flow in flows])
+
+    def _cookies(self, bridge: str, numbers: Mapping[str, int]) -> dict[bytes, int]:
+        """Cookies of a bridge's flows, which `bridge/dump-flows` leaves out. Any version of OpenFlow has these."""
+        asked = ("ovs-ofctl", "-O", _VERSIONS, "--no-names", "--no-stats", f"--timeout={TIMEOUT_S:.0f}")
+        text = self._run(*asked, "dump-flows", f"unix:{self.run_dir}/{bridge}.mgmt")
+        return {flow.key: flow.cookie for flow in _read(text, numbers, bridge)}
 
     # --------------------------------------------------------------------------------------------------------- traces
 
@@ -124,25 +138,47 @@ class Ovs:
         return run(*command)
 
 
-def run(*command: str) -> str:
-    """What a tool of Open vSwitch prints. Raises `OvsError`."""
+MEND = "Start Open vSwitch, run this as root on the machine that has the bridges, or say where it runs with OVS_RUNDIR"
+
+
+def _read(text: str, numbers: Mapping[str, int], bridge: str) -> tuple[Flow, ...]:
+    try:
+        return read_flows(text, numbers, f"flows of {bridge}").flows
+    except InvalidInput as exc:
+        first = next(problem for problem in exc.problems if problem.severity is Severity.ERROR)
+        raise OvsError(f"{bridge} holds a flow that cannot be followed here: {first}") from exc
+
+
+def run(*command: str, slow: str = "is ovs-vswitchd stuck?", mend: str = MEND) -> str:
+    """What a tool of Open vSwitch prints. `slow` and `mend` say what to do. Raises `OvsError`."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False)
     except FileNotFoundError as exc:
         raise OvsError(f"{command[0]} is not installed; install Open vSwitch (Debian: openvswitch-switch)") from exc
+    except OSError as exc:
+        raise OvsError(f"{command[0]} cannot be run: {exc.strerror}; make it executable for this user") from exc
     except subprocess.TimeoutExpired as exc:
-        raise OvsError(f"{command[0]} did not answer within {TIMEOUT_S:.0f} s; is ovs-vswitchd stuck?") from exc
+        raise OvsError(f"{command[0]} did not answer within {TIMEOUT_S:.0f} s; {slow}") from exc
     if done.returncode:
-        said = " ".join((done.stderr.strip() or done.stdout.strip()).split())[:300]
-        raise OvsError(f"{command[0]} failed: {said}. Run it as root on the machine that has the bridges")
+        said = " ".join(_STAMP.sub("", done.stderr.strip() or done.stdout.strip()).split())[:300]
+        raise OvsError(f"{command[0]} failed: {said.rstrip('.')}. {mend}")
     return done.stdout
 
 
 def captured(path: Path) -> tuple[str, ...]:
     """The packets of a capture in ovs-ofctl's words, read by Open vSwitch's own parser. Raises `OvsError`."""
-    if not path.is_file():
-        raise OvsError(f"{path}: not a file; expected a capture that tcpdump -w has written")
-    lines = run("ovs-ofctl", "parse-pcap", str(path)).splitlines()
+    expected = "expected a capture that tcpdump -w has written"
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as exc:
+        raise OvsError(f"{path}: {exc.strerror}; {expected}") from exc
+    if magic == _PCAPNG:
+        raise OvsError(f"{path}: a pcapng file; {expected}. Turn it into one: tcpdump -r {path} -w NEW.pcap")
+    if magic not in _PCAP:
+        raise OvsError(f"{path}: not a capture, it begins with {magic.hex(' ') or 'nothing'}; {expected}")
+    slow, mend = "give it a capture of fewer packets", "Make another: tcpdump -i PORT -w FILE.pcap"
+    lines = run("ovs-ofctl", "parse-pcap", str(path.absolute()), slow=slow, mend=mend).splitlines()
     return tuple(line.strip() for line in lines if "=" in line)
 
 

@@ -10,11 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import click
+from rich.console import Console
 from rich.markup import escape
 
 from controller.control import ask
 from controller.events import JSON
-from controller.model import DesiredState
+from controller.model import DesiredState, Ipv4
 from controller.ovsctl import Looked, Ovs, Traced, captured
 from controller.problems import BulkheadError
 from controller.statefile import load
@@ -32,11 +33,12 @@ from controller.terminal import (
 from controller.verify.endpoints import Endpoint, endpoints, find, services, vpn_port
 from controller.verify.links import End, declared_links
 from controller.verify.node import Held, Leg, Node
-from controller.verify.packetwords import complete, parse, state_bits, words
+from controller.verify.packetwords import KEYWORDS, complete, parse, state_bits, words
 from controller.verify.reach import Cell, Matrix, Pair, reach
 from controller.verify.tell import Teller, Told
 from controller.verify.why import Verdict, read_service, why
 
+CORNER = "FROM \\ TO"
 state_option = click.option(
     "--state",
     "file",
@@ -53,7 +55,7 @@ def _state(file: Path | None, run_dir: Path) -> DesiredState:
     try:
         return load(Path(ask(run_dir, {"ask": "status"})["state_file"])).state
     except BulkheadError as exc:
-        raise BulkheadError(f"no state file given, and {exc}; name one with --state FILE") from exc
+        raise BulkheadError(f"no state file given with --state FILE, and {exc}") from exc
 
 
 # --------------------------------------------------------------------------------------------------------------- reach
@@ -103,11 +105,37 @@ def _print_matrix(matrix: Matrix, as_json: bool) -> None:
             }
         )
         return
-    grid = columns("FROM \\ TO", *(e.name for e in matrix.columns))
-    for source in matrix.rows:
-        cells = [matrix.cells.get((source.name, target.name)) for target in matrix.columns]
-        grid.add_row(escape(source.name), *("-" if cell is None else _colour(cell) for cell in cells))
-    print_grid(grid)
+    console = Console(highlight=False, emoji=False)
+    first = max(len(name) for name in (CORNER, *(e.name for e in matrix.rows)))
+    widths = [max(len(target.name), *(len(_text(matrix, e, target)) for e in matrix.rows)) for target in matrix.columns]
+    if not console.is_terminal:  # for other programs to cut: a row is a line
+        console = Console(highlight=False, emoji=False, width=first + 2 + sum(widths) + 2 * len(widths))
+    for number, part in enumerate(_fitting(widths, console.width - first - 2)):
+        if number:
+            console.print()
+        grid = columns(CORNER, *(escape(matrix.columns[at].name) for at in part))
+        for source in matrix.rows:
+            cells = [matrix.cells.get((source.name, matrix.columns[at].name)) for at in part]
+            grid.add_row(escape(source.name), *("-" if cell is None else _colour(cell) for cell in cells))
+        console.print(grid)
+
+
+def _text(matrix: Matrix, source: Endpoint, target: Endpoint) -> str:
+    cell = matrix.cells.get((source.name, target.name))
+    return "-" if cell is None else cell.text
+
+
+def _fitting(widths: list[int], room: int) -> list[list[int]]:
+    """Columns by number, in groups that fit beside each other; what fits nowhere stands alone."""
+    groups: list[list[int]] = []
+    left = 0
+    for at, width in enumerate(widths):
+        if not groups or width > left:
+            groups.append([])
+            left = room
+        groups[-1].append(at)
+        left -= width + 2
+    return groups
 
 
 def _endpoint(endpoint: Endpoint) -> dict[str, JSON]:
@@ -157,10 +185,10 @@ def why_command(source: str, target: str, port: str | None, file: Path | None, r
     """
     state = _state(file, run_dir)
     a, b = find(state, source), find(state, target)
-    if a == b:
+    if a.name == b.name:
         raise BulkheadError(f"{source} and {target} are both {a.name}; name two")
     asked = read_service(port, services(b, vpn_port(state, b))) if port is not None else None
-    found = why(state, a, b, asked)
+    found = why(state, a, b, asked, to=_one_of_many(state, b))
     if as_json:
         print_json({"from": a.name, "to": b.name, **found.as_data()})
     else:
@@ -168,7 +196,7 @@ def why_command(source: str, target: str, port: str | None, file: Path | None, r
         click.echo(f"Decided by {found.decided_by}.")
         if found.verdict is not Verdict.YES:
             click.echo(f"{found.told[-1].ends}.")
-            click.echo(f"Needed: {found.needed}.")
+            click.echo(f"What would change that: {found.needed}.")
         click.echo("A packet of this kind on its way:")
         _print_told(found.told)
     if found.verdict is not Verdict.YES:
@@ -210,13 +238,18 @@ def trace_command(
     states = tuple(state_bits(word) for word in tracked)
     teller = Teller(state)
     ovs = Ovs() if live else None
-    node = _live_node(ovs, state) if ovs is not None else Node.declared(state)
-    if source not in {(name, p) for name, held in node.bridges.items() for p in held.numbers}:
-        raise BulkheadError(f"bridge {source[0]} has no port {source[1]} on this machine; it is declared and not there")
-    legs = node.follow(source, header, states)
+    for last in (False, True):
+        node = Node.declared(state) if ovs is None else _live_node(ovs, state)
+        _check_port(node, source, packet)
+        legs = node.follow(source, header, states)
+        differs = (
+            []
+            if ovs is None
+            else [text for part in _stretches(ovs, legs) for text in _compare(ovs, node, part, tracked)]
+        )
+        if last or not differs:  # flows may have come or gone between the two looks
+            break
     told = tuple(teller.tell(leg, node.bridges[leg.bridge]) for leg in legs)
-    compared = [_compare(ovs, node, leg, tracked) for leg in _stretches(ovs, legs)] if ovs is not None else []
-    differs = [text for texts in compared for text in texts]
     if as_json:
         found: dict[str, JSON] = {"way": [t.as_data() for t in told], "delivered": _delivered(legs)}
         if live:
@@ -230,6 +263,34 @@ def trace_command(
         sys.exit(NO)
 
 
+def _check_port(node: Node, source: End, packet: str) -> None:
+    """That the port is there, and that the packet names no other."""
+    bridge, port = source
+    numbers = node.bridges[bridge].numbers
+    if port not in numbers:
+        raise BulkheadError(
+            f"bridge {bridge} has no port {port} on this machine; it is declared and not there. It has {', '.join(numbers)}: "
+            "name one of these, or start what makes the port"
+        )
+    named = None if _is_capture(packet) else parse(packet)[0]
+    if named not in (None, port, str(numbers[port])):
+        raise BulkheadError(f"in_port={named[:40]}: expected {port} or {numbers[port]}, as PORT says; leave it out")
+
+
+def _one_of_many(state: DesiredState, target: Endpoint) -> Ipv4 | None:
+    """The address that was asked for, where many are behind one port."""
+    return target.address if target not in endpoints(state) else None
+
+
+def _is_capture(text: str) -> bool:
+    if text.endswith((".pcap", ".cap", ".pcapng")):
+        return True
+    try:
+        return "=" not in text and text not in KEYWORDS and Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or not one at all
+        return False
+
+
 def _source(state: DesiredState, word: str) -> End:
     """A port by its own name, with its bridge, or by who is behind it."""
     ends = [end for link in declared_links(state).items() for end in link]
@@ -238,11 +299,15 @@ def _source(state: DesiredState, word: str) -> End:
 
 
 def _header(state: DesiredState, source: End, text: str, number: int) -> int:
-    if text.endswith((".pcap", ".cap", ".pcapng")) or Path(text).is_file():
+    if _is_capture(text):
         packets = captured(Path(text))
         if number > len(packets):
-            raise BulkheadError(f"{text}: holds {len(packets)} packets; expected at least {number}, as --number says")
+            raise BulkheadError(
+                f"{text}: packets it holds: {len(packets)}; expected at least {number}, as --number says"
+            )
         return parse(packets[number - 1], lenient=True)[2]
+    if not text.strip(" ,\t\n"):
+        raise BulkheadError("the packet is empty; expected words such as tcp,nw_dst=10.0.0.2,tp_dst=443, or a capture")
     owner = next((e for e in endpoints(state) if e.end == source), None)
     return complete(text, owner.mac if owner else None, owner.address if owner else None)
 
@@ -269,12 +334,25 @@ def _print_told(told: tuple[Told, ...]) -> None:
 
 
 def _live_node(ovs: Ovs, state: DesiredState) -> Node:
-    there = set(ovs.bridges())
-    missing = [bridge.name for bridge in state.bridges if bridge.name not in there]
+    """The declared bridges as the switch has them, and those that patch ports lead to."""
+    there = ovs.bridges()
+    wanted = [bridge.name for bridge in state.bridges]
+    missing = [name for name in wanted if name not in there]
     if missing:
-        raise BulkheadError(f"this machine's Open vSwitch has no bridge {', '.join(missing)}; it has {sorted(there)}")
-    held: dict[str, Held] = {name: ovs.held(name) for name in sorted(there)}
-    return Node(held, declared_links(state) | ovs.patches())
+        has = f"it has {', '.join(sorted(there))}" if there else "it has none"
+        raise BulkheadError(
+            f"this machine's Open vSwitch has no bridge {', '.join(missing)}; {has}. Make what the state file declares, ask "
+            "without --live, or say with OVS_RUNDIR which Open vSwitch is meant"
+        )
+    links = declared_links(state) | ovs.patches()
+    held: dict[str, Held] = {}
+    while wanted:
+        name = wanted.pop()
+        if name not in held:
+            held[name] = ovs.held(name)
+            wanted += [far for (near, _), (far, _) in links.items() if near == name and far in there]
+    ends = {(name, port) for name, bridge in held.items() for port in bridge.numbers}
+    return Node(held, {near: far for near, far in links.items() if near in ends and far in ends})
 
 
 def _stretches(ovs: Ovs, legs: tuple[Leg, ...]) -> list[tuple[Leg, ...]]:

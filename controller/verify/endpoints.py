@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from controller import fields
 from controller.frame import LOCAL_NAME
@@ -78,7 +78,8 @@ def _free(network: Network, prefixes: tuple[Prefix, ...]) -> Ipv4:
 
 
 def find(state: DesiredState, word: str) -> Endpoint:
-    """The endpoint of that name, container id, port, or address; an address outside every network is the egress's.
+    """The endpoint of that name, container id, port, or address; an address across a mesh is the mesh's, one outside
+    every network the egress's; both are then asked about with that address.
 
     `internet` is the only egress there is, `egress`, `mesh` and `host` likewise. Raises `NotFound`, with who there is.
     """
@@ -91,7 +92,8 @@ def find(state: DesiredState, word: str) -> Endpoint:
     names = [e.name for e in everybody]
     if found:
         raise NotFound(f"{word!r} is more than one: say {' or '.join(e.name for e in found)}")
-    close = difflib.get_close_matches(word, names, n=1) if len(names) <= 2000 else []
+    close = [name for name in names if word and word in name][:1]
+    close = close or (difflib.get_close_matches(word, names, n=1) if len(names) <= 2000 else [])
     hint = (
         f"did you mean {close[0]}?" if close else f"there are {', '.join(names[:12])}{' …' if len(names) > 12 else ''}"
     )
@@ -128,10 +130,11 @@ def _by_address(state: DesiredState, everybody: tuple[Endpoint, ...], word: str)
             return
     for network in state.networks:
         if any(address in prefix for prefix in (network.mesh.prefixes if network.mesh else ())):
-            yield from (e for e in everybody if e.network == network.name and e.role is Role.MESH)
+            mesh = (e for e in everybody if e.network == network.name and e.role is Role.MESH)
+            yield from (replace(e, address=address) for e in mesh)
             return
     if not any(address in prefix for network in state.networks for prefix in network.prefixes):
-        yield from (e for e in everybody if e.role is Role.EGRESS)
+        yield from (replace(e, address=address) for e in everybody if e.role is Role.EGRESS)
 
 
 def _has(member: Member, address: Ipv4) -> bool:

@@ -6,16 +6,18 @@ Imports reach and tell.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from controller import fields
 from controller.events import JSON
-from controller.model import DesiredState, Role
+from controller.model import DesiredState, Ipv4, Role
 from controller.problems import BulkheadError
-from controller.verify.endpoints import Endpoint, packet, services, vpn_port
+from controller.verify.endpoints import SOMEBODY, Endpoint, packet, services, vpn_port
 from controller.verify.node import Arrival, Node
 from controller.verify.policy import PROTOCOLS
-from controller.verify.reach import Kind, inside, kind_of, kinds_of
+from controller.verify.reach import FRAMES, Kind, inside, kind_of, kinds_of
+from controller.verify.space import bits, meet
 from controller.verify.tell import Teller, Told, who
 
 Service = tuple[str, int]
@@ -65,29 +67,45 @@ def read_service(text: str, offered: Mapping[Service, str]) -> Service:
     protocol = (protocol if slash else "tcp").lower()
     if text.lower() == "icmp":
         return "icmp", 0
-    if protocol in PROTOCOLS and port.isdecimal() and int(port) < 0x10000:
+    if protocol in PROTOCOLS and port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 0x10000:
         return protocol, int(port)
-    names = f", or one of {', '.join(offered.values())}" if offered else ""
-    raise BulkheadError(f"{text[:60]!r} is not a port; expected tcp/9573, udp/53, sctp/5060, 9573 or icmp{names}")
+    names = f", or a service there: {', '.join(offered.values())}" if offered else ""
+    expected = f"tcp/9573, udp/53, sctp/5060, 9573 or icmp, ports from 1 to 65535{names}"
+    raise BulkheadError(f"{text[:60]!r} is not a port; expected {expected}")
 
 
-def why(state: DesiredState, source: Endpoint, target: Endpoint, service: Service | None = None) -> Why:
-    """Whether `source` can reach `target`, by `service` or at all. Raises `TooLarge`, `Exhausted` or `Conflict`."""
+def why(
+    state: DesiredState, source: Endpoint, target: Endpoint, service: Service | None = None, *, to: Ipv4 | None = None
+) -> Why:
+    """Whether `source` can reach `target`, by `service` or at all, and with `to` at that address of the many behind it.
+
+    Raises `TooLarge`, `Exhausted` or `Conflict`.
+    """
     node, teller = Node.declared(state), Teller(state)
     offered = services(target, vpn_port(state, target))
     arrivals = [a for a in node.arrivals(source.end, taught=True) if a.end == target.end]
     kinds = (kind_of(*service),) if service is not None else kinds_of(arrivals, offered)
+    if to is not None:
+        kinds = tuple(_at(kind, to) for kind in kinds)
     found = {learned: _example(arrivals, kinds, learned=learned) for learned in (False, True)}
     verdict = Verdict.YES if found[False] is not None else Verdict.ANSWERS if found[True] is not None else Verdict.NO
     asked = service or next(iter(offered), ("tcp", 80))
     header = packet(source, target, *asked)
-    told = _tell(node, teller, source, header)
     example = found[False]
-    if example is not None and not _arrives(node, source, target, header):
-        told = _tell(node, teller, source, example)
-    answer = _answer(verdict, source, target, service)
-    needed = "" if verdict is Verdict.YES else _needed(state, source, target, asked, told[-1])
+    if example is not None:
+        # The host has another address in the world, and that may be the one that gets there.
+        usual = (header, packet(replace(source, address=SOMEBODY), target, *asked))
+        header = next((each for each in usual if _arrives(node, source, target, each)), example)
+    told = _tell(node, teller, source, header)
+    answer = _answer(verdict, source, target, service, to)
+    needed = "" if verdict is Verdict.YES else _needed(state, source, target, service, told[-1])
     return Why(verdict, answer, told, needed)
+
+
+def _at(kind: Kind, address: Ipv4) -> Kind:
+    """Those of a kind that are for one address; frames that have none stay."""
+    cube = meet(kind.cube, bits(fields.IPV4_DST, address))
+    return kind if cube is None or kind.label == FRAMES else kind._replace(cube=cube)
 
 
 def _example(arrivals: list[Arrival], kinds: tuple[Kind, ...], *, learned: bool) -> int | None:
@@ -110,8 +128,9 @@ def _by(service: Service | None) -> str:
     return f" by {protocol}" + (f" port {port}" if port else "")
 
 
-def _answer(verdict: Verdict, source: Endpoint, target: Endpoint, service: Service | None) -> str:
-    one, other, by = who(source), who(target), _by(service)
+def _answer(verdict: Verdict, source: Endpoint, target: Endpoint, service: Service | None, to: Ipv4 | None) -> str:
+    one, by = who(source), _by(service)
+    other = who(target) if to is None else f"{to} by {who(target)}"
     if verdict is Verdict.YES:
         return f"Yes: {one} can reach {other}{by}."
     if verdict is Verdict.ANSWERS:
@@ -119,25 +138,50 @@ def _answer(verdict: Verdict, source: Endpoint, target: Endpoint, service: Servi
     return f"No: no packet that {one} can send gets to {other}{by}."
 
 
-def _needed(state: DesiredState, source: Endpoint, target: Endpoint, service: Service, last: Told) -> str:
-    """What would have to be said for it to pass."""
-    by = _by(service).removeprefix(" by ")
-    roles = source.role, target.role
+def _needed(state: DesiredState, source: Endpoint, target: Endpoint, service: Service | None, last: Told) -> str:
+    """What would have to be said for it to pass, or that nothing does that."""
     if source.role is Role.EGRESS:
-        return "Nothing comes in from the world but answers. A service for the world is not what this is made for"
-    if source.network != target.network:
-        if target.role is Role.EGRESS:
-            return f"{source.network} has no way out of its own: declare networks.{source.network}.egress"
-        return (
-            f"A grant from {source.name} ({source.network}) to {target.name} ({target.network}) for {by}: an approved one "
-            "would open this direction and let only replies back. Nothing else opens a way between two networks"
-        )
-    if roles == (Role.HOST, Role.CONTAINER):
-        network = state.network(target.network)
-        host = "" if network.host is not None else f"networks.{network.name}.host, and "
-        return f"Declare {host}{by} among the services of {target.name} with exposed: true"
+        return "Nothing does: what comes in from the world are answers only, to whoever sent something out before"
+    if target.role is Role.EGRESS and source.network != target.network:
+        return _way_out(state, source, target)
     if target.role is Role.HOST:
-        return "The host offers its networks nothing: put the service into a container"
-    if last.decider is not None and last.decider.app == "services":
-        return f"The state file's own flow stops it: change {last.decider.object}"
-    return "Nothing in the state file does this"
+        return "Nothing does: the host offers its networks nothing. Put the service into a container"
+    if source.network != target.network:
+        by = _by(service) or " by one protocol and port"
+        return (
+            f"Only an approved grant from {source.name} ({source.network}) to {target.name} ({target.network}){by} may, with "
+            "replies and nothing else coming back. This version makes no grants, and nothing in a state file joins two "
+            "networks: have both in one network, or carry the data by hand"
+        )
+    stopper = last.decider
+    if stopper is not None and stopper.app == "services" and stopper.object.startswith("openflow."):
+        return f"The state file's own flow stops it: change or remove {stopper.object}"
+    if source.role is Role.HOST and target.member is not None:
+        return _exposed(state, target, service)
+    return "Nothing in the state file does this: the line above says which rule decides"
+
+
+def _way_out(state: DesiredState, source: Endpoint, target: Endpoint) -> str:
+    if state.network(source.network).egress is not None:
+        return (
+            f"Nothing does: {source.network} leaves by {source.network}/egress, and nobody leaves by another network's tunnel. "
+            f"Ask about {source.network}/egress"
+        )
+    return (
+        f"{source.network} has no way out of its own, and nobody leaves by another network's tunnel: declare a tunnel's port "
+        f"as networks.{source.network}.egress"
+    )
+
+
+def _exposed(state: DesiredState, target: Endpoint, service: Service | None) -> str:
+    """What lets the host reach a container."""
+    assert target.member is not None
+    network = state.network(target.network)
+    host = "" if network.host is not None else f"networks.{network.name}.host, and "
+    declared = next((s for s in target.member.services if (s.protocol, s.port) == service), None)
+    if declared is not None and not declared.exposed:
+        return f"Declare {host}exposed: true at the service {declared.name} of {target.name}"
+    if service is not None and service[0] == "icmp":
+        return "Nothing does: the host reaches services of containers, by protocol and port, and icmp has no port"
+    by = _by(service).removeprefix(" by ") or "what it shall reach"
+    return f"Declare {host}{by} among the services of {target.name} with exposed: true"
