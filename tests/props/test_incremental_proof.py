@@ -117,7 +117,7 @@ def test_ports_and_states_that_change(first: DesiredState, second: DesiredState,
         agree(prover, state, bridge, ports, flows)
 
 
-@settings(SLOW, max_examples=150)
+@settings(SLOW, max_examples=80)
 @given(st.data())
 def test_flows_that_are_damaged(data: st.DataObject) -> None:
     """Damages that are harmless pile up; one that is not is found, and the next proof begins with sound flows again."""
