@@ -285,8 +285,7 @@ class _Proof:
         if entering:
             self._entering |= entering
             self.reached.enter(Region(entering, ENTERING))
-        for region in lost:
-            self.reached.again(region)
+        self.reached.again(lost)
         for number in more:
             self.reached.learn_again(number)
         for number in self.policy.receives.keys() | old.receives.keys():
