@@ -182,10 +182,15 @@ def test_the_second_of_the_ports_that_are_alike_is_told_from_the_first() -> None
 
 def test_packets_once_taken_for_their_ports_own_are_followed_to_the_end() -> None:
     """A new member's address may not come from the mesh any more, though all that the mesh sends passed there before."""
-    history = History(59)
-    for safe in (True, True, False):
-        history.change()
-        assert history.is_safe() == safe
+    first, middle, second = (member("management", 200 + n, f"10.1.0.{110 + n}") for n in (0, 1, 4))
+    before, after = state_of(management(first, middle)), state_of(management(first, middle, second))
+    bridge = before.bridges[0]
+    old, new = planned_ports(before, bridge), planned_ports(after, bridge)
+    flows = compiled(before, bridge, old)
+    prover = Prover()
+    assert not prover.prove(before, bridge, old, flows)
+    assert prove(after, bridge, new, flows.values())
+    assert prover.prove(after, bridge, new, flows)
 
 
 def test_what_one_rule_excepts_another_that_meets_it_does_not_allow() -> None:
