@@ -318,8 +318,7 @@ class _Proof:
         if entering:
             self._entering |= entering
             self.reached.enter(Region(entering, ENTERING))
-        for region in lost:
-            self.reached.again(region)
+        self.reached.again(lost)
         for number in more:
             self.reached.learn_again(number)
         self.reached.judge_again(ANYWHERE)  # to ports that are new too

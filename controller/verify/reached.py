@@ -125,6 +125,8 @@ class Reached:
     _made_by: dict[int, set[bytes]] = field(default_factory=dict)
     _horizons: dict[tuple[int, tuple[int, ...]], _Horizon] = field(default_factory=dict)
     _queue: list[tuple[int, int, _Node]] = field(default_factory=list)
+    _fresh: dict[_Node, list[Region]] | None = None
+    """While packets are followed again in spite of what is kept: those that were."""
     _count: int = 0
     _tags: int = 0
 
@@ -182,12 +184,18 @@ class Reached:
             self._learn_again(number)
         self._run()
 
-    def again(self, region: Region) -> None:
-        """What packets of `region`, which may enter already, may do has become less: follow them again from there."""
+    def again(self, regions: list[Region]) -> None:
+        """What packets of `regions`, which may enter already, may do has become less: follow them again from there.
+
+        That they are in a kept region does not end this: from there on packets of it may have been taken for their
+        port's own by what the policy said then. Only what was followed by the present one counts.
+        """
         root = self._node(Place(0))
-        if root is not None:
-            self._again(root, [region])
+        if root is not None and regions:
+            self._fresh = {}
+            self._visit(root, regions)
             self._run()
+            self._fresh = None
 
     def learn_again(self, number: int) -> None:
         """What a port's packets could make `learn` install has changed."""
@@ -298,7 +306,11 @@ class Reached:
 
     def _visit(self, node: _Node, regions: Iterable[Region]) -> None:
         """Packets of `regions` come before a node."""
-        self._again(node, [new for region in regions for new in _take(node.regions, region)])
+        for region in regions:
+            new = _take(node.regions, region)
+            if self._fresh is not None:
+                new += _take(self._fresh.setdefault(node, []), region)
+            self._again(node, new)
 
     def _fold(self, node: _Node, region: Region) -> Region:
         alike = region.ports & self.explorer.ports.alike & ~node.horizon.named
@@ -332,7 +344,8 @@ class Reached:
                                 continue
                             self._feed(node, rule, target)
                             left = self._fold(target, left)
-                            if not any(_within(left, old) for old in target.regions):
+                            known = target.regions if self._fresh is None else self._fresh.get(target, ())
+                            if not any(_within(left, old) for old in known):
                                 _take(gathered.setdefault(target, []), left)
             for target, regions in gathered.items():
                 self._visit(target, regions)
