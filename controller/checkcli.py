@@ -139,6 +139,10 @@ def _judged(where: str, texts: list[str]) -> list[tuple[str, Remark]]:
 
 def _check_flows(file: Path | None, dump: str, bridge: str | None, as_json: bool) -> None:
     text = _text(dump)
+    if not text.strip():
+        raise BulkheadError(
+            f"{dump}: empty, so there is nothing to judge; expected flows. Did the command that dumps them fail?"
+        )
     state = load(file).state if file is not None else None
     name = _bridge(state, bridge, dump)
     numbers = _numbers(state, name, text)
@@ -157,7 +161,7 @@ def _check_flows(file: Path | None, dump: str, bridge: str | None, as_json: bool
     bad = any(p.severity is Severity.ERROR for p in problems)
     partial = any(p.code == PARTIAL for p in problems)
     if as_json:
-        print_json(_as_data(problems, read, tables(held)))
+        print_json(_as_data(problems, read, tables(held)) | ({"valid": None} if partial and not bad else {}))
     else:
         print_problems(tuple(problems))
         _print_tables(tables(held))

@@ -196,6 +196,34 @@ def test_what_cannot_be_judged_says_why(args: tuple[str, ...], code: int, says: 
     assert "Traceback" not in done.stderr
 
 
+OLD = "NXST_FLOW reply (xid=0x4):\n cookie=0x0, table=0, n_packets=0, priority=5,in_port=1 actions="
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "valid"),
+    [
+        (OLD + "output:2\n", 2, None),
+        (OLD + "NORMAL\n", 1, False),
+        (OLD.replace("NXST_FLOW reply", "OFPST_FLOW reply (OF1.4)") + "output:2\n", 0, True),
+        ("\x8a\x00\n", 1, False),
+    ],
+    ids=["a dump that leaves things out", "and worse", "a whole dump", "garbage"],
+)
+def test_a_dump_that_does_not_tell_everything_is_not_called_good(text: str, code: int, valid: bool | None) -> None:
+    done = run("--flows", "-", "--json", text=text)
+    assert done.exit_code == code and json.loads(done.stdout)["valid"] is valid
+    told = run("--flows", "-", text=text)
+    assert told.exit_code == code
+    if code == 2:
+        assert "-O OpenFlow14" in told.stderr and "could not be found out" in told.stdout
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_a_dump_of_nothing_is_not_called_good(text: str) -> None:
+    done = run("--flows", "-", "--json", text=text)
+    assert done.exit_code == 2 and "empty" in done.stderr and not done.stdout
+
+
 def test_problems_of_a_state_file_have_packets_that_show_them() -> None:
     done = run(str(EXAMPLE), "--json")
     shown = {p["code"]: p["example"] for p in json.loads(done.stdout)["problems"] if p["example"]}
