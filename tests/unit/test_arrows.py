@@ -16,7 +16,8 @@ RANKS = (
     ("problems", "model", "events"),
     ("fields", "ofparse", "statetext", "eventfiles"),
     ("flow", "stateschema", "ofrules", "eventlog", "eventread", "eventverify", "eventview"),
-    ("frame", "statederive", "flownames", "flowwrites"),
+    ("hostmodel",),
+    ("frame", "statederive", "hostderive", "flownames", "flowwrites"),
     ("flowmatch",),
     ("flowactions",),
     ("flowtext",),
@@ -32,11 +33,13 @@ RANKS = (
     ("status",),
     ("core",),
     ("hub", "wire", "unixsocket"),
+    ("asking",),
     ("link", "listen", "ovsdb", "control"),
     ("shell",),
     ("terminal",),
+    ("agent",),
     ("lab",),
-    ("checkcli", "hostcli", "proofcli"),
+    ("checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli"),
     ("cli",),
     ("__main__",),
 )
@@ -110,7 +113,7 @@ def wrong(package: str, name: str, source: str) -> list[str]:
     tops = {imported.split(".")[0] for imported in found}
     if "os_ken" in tops and own not in KNOWS_OS_KEN:
         out.append(f"{package}.{name} imports os_ken")
-    if "pyroute2" in tops:
+    if "pyroute2" in tops and own != "agent":
         out.append(f"{package}.{name} imports pyroute2")
     if "mininet" in tops and package != "lab":
         out.append(f"{package}.{name} imports mininet")
