@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Final, NamedTuple
 
 from controller import ofrules
+from controller.hostderive import derive_host, with_resolver
+from controller.hostmodel import HostState
 from controller.model import (
     Bridge,
     BridgeKind,
@@ -26,7 +28,8 @@ from controller.model import (
     Service,
     Vpn,
 )
-from controller.problems import Problem, error, warning
+from controller.notes import Notes
+from controller.problems import Problem
 from controller.stateschema import (
     MAX_NETWORKS,
     Checked,
@@ -55,23 +58,9 @@ class Placed(NamedTuple):
     network: str
 
 
-@dataclass(slots=True)
-class Notes:
-    """Problems, as they are found."""
-
-    problems: list[Problem] = field(default_factory=list)
-
-    def error(self, code: str, path: str, found: str, expected: str, fix: str) -> None:
-        """The input is refused."""
-        self.problems.append(error(code, path, found, expected, fix))
-
-    def warn(self, code: str, path: str, found: str, expected: str, fix: str) -> None:
-        """The input is taken, and this is what was made of it."""
-        self.problems.append(warning(code, path, found, expected, fix))
-
-
-def derive(checked: Checked) -> tuple[DesiredState, list[Problem]]:
-    """The state a well-shaped input means, and every problem of it. With errors among them the state is of no use."""
+def derive(checked: Checked) -> tuple[DesiredState, HostState, list[Problem]]:
+    """The state a well-shaped input means, what the host needs for it, and every problem. With errors among them neither
+    is of any use."""
     spec, notes = checked.spec, Notes()
     assert spec is not None
     paths = [f"lxc.containers[{position}]" for position in checked.positions]
@@ -81,7 +70,7 @@ def derive(checked: Checked) -> tuple[DesiredState, list[Problem]]:
     _unique_datapath_ids(notes, spec)
     # Networks follow from everything but containers and flows; with a part of that missing, they would be wrong.
     if checked.damaged - {"lxc", "openflow"}:
-        return DesiredState(), notes.problems
+        return DesiredState(), HostState(), notes.problems
     networks = _Derivation(spec, notes, containers, whole=not checked.damaged).networks()
     _unique_ports(notes, networks, containers)
     _unique_macs(notes, networks, containers)
@@ -95,7 +84,8 @@ def derive(checked: Checked) -> tuple[DesiredState, list[Problem]]:
         judged = ofrules.judge(networks, flows)
         notes.problems += judged.problems
         networks = [replace(network, rules=judged.rules.get(network.name, ())) for network in networks]
-    return DesiredState(tuple(networks), tuple(bridges)), notes.problems
+    host = derive_host(notes, spec, networks)
+    return DesiredState(tuple(networks), tuple(bridges)), host, notes.problems
 
 
 # Problems that leave a network or a port out of the state.
@@ -162,6 +152,7 @@ def _unique_ports(notes: Notes, networks: Sequence[Network], containers: Sequenc
             bridges.setdefault(mesh.bridge, f"{at}.mesh.bridge")
             ports += ((f"{at}.mesh.port", mesh.port), (f"{at}.mesh.far_port", mesh.far_port))
             ports.append((f"{at}.mesh.leg_port", mesh.leg_port))
+        ports += ((f"{at}.dns", one.port) for one in network.members if one.id == f"dns-{network.name}")
     ports += [(f"{path}.veth", container.port) for path, container in containers]
     _once(notes, "duplicate-port", "port name", [*((path, name) for name, path in bridges.items()), *ports])
 
@@ -312,7 +303,7 @@ class _Derivation:
         for name, spec in self.declared.items():
             network = self._network(name, spec, meshes.get(name))
             if network is not None:
-                found.append(self._with_members(network))
+                found.append(with_resolver(self.notes, self._with_members(network), self.spec))
         self._links(found)
         self._check_post_up()
         return self._with_vpn(found)

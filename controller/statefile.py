@@ -1,18 +1,19 @@
 """State files: a file or a text in, a frozen `DesiredState` out, or every reason why not.
 
 `load` and `loads` raise `problems.InvalidInput` and nothing else. The parts: `statetext` reads, `stateschema` checks
-the shape, `statederive` gives it meaning, and has `ofrules` judge the literal flows. Imports those, `model`
+the shape, `statederive` gives it meaning (`hostderive` for the host), and has `ofrules` judge the literal flows. Imports those, `model`
 and `problems`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from controller import statederive, stateschema, statetext
+from controller.hostmodel import HostState
 from controller.model import DesiredState
 from controller.problems import InvalidInput, Problem, Severity, error
 from controller.stateschema import json_schema
@@ -26,10 +27,11 @@ _DIGEST_LENGTH: Final = 16
 
 @dataclass(frozen=True)
 class Loaded:
-    """A state file that was accepted, and the warnings about it, sorted by path."""
+    """A state file that was accepted, what its host is made of, and the warnings about it, sorted by path."""
 
     state: DesiredState
     problems: tuple[Problem, ...]
+    host: HostState = field(default_factory=HostState)
 
 
 def load(path: Path | str) -> Loaded:
@@ -43,14 +45,14 @@ def loads(text: str, source: str) -> Loaded:
     tree, problems = statetext.parse(text, source)
     checked = stateschema.validate(_unwrapped(tree, source, problems))
     problems += checked.problems
-    state = DesiredState()
+    state, host = DesiredState(), HostState()
     if checked.spec is not None:
-        state, found = statederive.derive(checked)
+        state, host, found = statederive.derive(checked)
         problems += found
     ordered = tuple(sorted(problems, key=_place))
     if any(problem.severity is Severity.ERROR for problem in ordered):
         raise InvalidInput(source, ordered)
-    return Loaded(replace(state, digest=digest(state)), ordered)
+    return Loaded(replace(state, digest=digest(state)), ordered, host)
 
 
 def digest(state: DesiredState) -> str:

@@ -13,11 +13,13 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from controller.hostmodel import Endpoint
 from controller.model import Ipv4, Mac, Prefix, Protocol
 from controller.problems import Problem, error
 from controller.statetext import join, show
@@ -44,6 +46,8 @@ _MAC: Final = re.compile(r"(?:[0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}")
 _LABEL: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 _ID: Final = re.compile(r"[1-9][0-9]{0,8}")
 _ID_RANGE: Final = re.compile(r"([1-9][0-9]{0,8})\s*-\s*([1-9][0-9]{0,8})")
+_WG_KEY: Final = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
+_ENDPOINT: Final = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?):([0-9]{1,5})")
 _DATAPATH_ID: Final = re.compile(r"[0-9A-Fa-f]{16}")
 # The kernel refuses '/', ':' and white space, and expands '%'; the rest would need quoting in a flow.
 _INTERFACE: Final = re.compile(r"[A-Za-z0-9_.+@~^!#$&*;<>?|{}-]+")
@@ -165,6 +169,42 @@ def _printable(value: object) -> str:
     return text
 
 
+def _wireguard_key(value: object) -> str:
+    text = _text(value)
+    if not _WG_KEY.fullmatch(text):
+        # What stands there may be a private key in the wrong place: it is not repeated, see `_problem`.
+        raise _bad("bad-key", "a WireGuard public key: 44 characters of base64", "Print it with: wg pubkey < KEYFILE")
+    return text
+
+
+def _endpoint(value: object) -> Endpoint:
+    text = _text(value)
+    found = _ENDPOINT.fullmatch(text)
+    if found is None or not 0 < int(found[2]) < 65536:
+        raise _bad("bad-endpoint", "HOST:PORT, such as 162.159.192.1:2408", "Write an address or a name, and a port.")
+    return Endpoint(found[1], int(found[2]))
+
+
+def _file(value: object) -> Path:
+    text = _printable(value)
+    if not text.startswith("/"):
+        raise _bad("bad-path", "an absolute path", "Write the whole path: the agent has no directory of its own.")
+    return Path(text)
+
+
+def _any_address(value: object) -> tuple[Ipv4, int]:
+    text = _text(value)
+    address, prefix = _cidr(text if "/" in text else f"{text}/32", "172.16.0.2/32")
+    return address, prefix.length
+
+
+def _domain(value: object) -> str:
+    text = _text(value)
+    if len(text) > 253 or not all(_LABEL.fullmatch(part) for part in text.split(".")):
+        raise _bad("bad-name", "a domain such as privacy.internal", "Use letters, digits, hyphens and dots.")
+    return text.lower()
+
+
 def _flow(value: object) -> str:
     text = _text(value).strip()
     if len(text) > MAX_FLOW_LENGTH or not text.isascii() or not text.isprintable():
@@ -204,10 +244,68 @@ FlowText = Annotated[str, *_notation(_flow, None, maxLength=MAX_FLOW_LENGTH)]
 PortNumber = Annotated[int, Field(ge=1, le=65535)]
 
 
+WireguardKey = Annotated[str, *_notation(_wireguard_key, _WG_KEY.pattern)]
+EndpointText = Annotated[Endpoint, *_notation(_endpoint, _ENDPOINT.pattern)]
+FilePath = Annotated[Path, *_notation(_file, "/.*")]
+AnyAddress = Annotated[tuple[Ipv4, int], *_notation(_any_address, None)]
+Domain = Annotated[str, *_notation(_domain, None, maxLength=253)]
+
+
 class _Spec(BaseModel):
     """Unknown keys are errors, nothing is converted, nothing changes afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class PeerSpec(_Spec):
+    """A WireGuard peer. Keys are base64; `endpoint` is HOST:PORT."""
+
+    public_key: WireguardKey
+    allowed_ips: list[Cidr]
+    endpoint: EndpointText | None = None
+    persistent_keepalive: Annotated[int, Field(ge=0, le=65535)] = 0
+    preshared_key_file: FilePath | None = None
+
+
+class _TunnelSpec(_Spec):
+    """What makes a WireGuard interface: a wg-quick style file, or the same said here."""
+
+    config: FilePath | None = Field(default=None, description="a wg-quick style file, as wgcf writes it")
+    private_key_file: FilePath | None = Field(default=None, description="mode 600; without one the agent makes a key")
+    addresses: list[AnyAddress] = []
+    mtu: Annotated[int, Field(ge=576, le=65535)] | None = None
+    peers: list[PeerSpec] = []
+
+
+class ProbeSpec(_Spec):
+    """What is reached through a tunnel to see whether it works: TCP with a port, ICMP echo without."""
+
+    address: Address
+    port: PortNumber | None = None
+
+
+class DnsSpec(_Spec):
+    """The resolver of a network, a member of it at `address` (the subnet's .53 if left out)."""
+
+    address: Address | None = None
+    domain: Domain | None = None
+    upstream: list[Address] = []
+
+
+class HostSpec(_Spec):
+    """The host itself: how packets are forwarded and where the world is."""
+
+    datapath: Literal["auto", "system", "netdev"] = "auto"
+    uplinks: list[Interface] = []
+
+
+class FirewallSpec(_Spec):
+    """Which ports of the host are open, under the names that NixOS has for it."""
+
+    enable: bool = True
+    allowedTCPPorts: list[PortNumber] = []
+    allowedUDPPorts: list[PortNumber] = []
+    trustedInterfaces: list[Interface] = []
 
 
 class EgressSpec(_Spec):
@@ -241,6 +339,7 @@ class NetworkSpec(_Spec):
     egress: EgressSpec | None = None
     mesh: MeshSpec | None = None
     host: Address | None = Field(default=None, description="the host's own address, if it takes part")
+    dns: DnsSpec | None = Field(default=None, description="a resolver for the network's names")
     refuse: bool = Field(default=False, description="answer blocked connections instead of dropping them silently")
 
 
@@ -251,14 +350,16 @@ class BridgeSpec(_Spec):
     kind: Literal["socket", "mesh"] | None = None
 
 
-class NetmakerNetwork(_Spec):
-    """A Netmaker network this node is in."""
+class NetmakerNetwork(_TunnelSpec):
+    """A mesh this node is in: by Netmaker's client (`server` and `token_file`), or by `peers` written here."""
 
     name: Label
     mode: Literal["client", "server"] = "client"
     interface: Interface
     bridge: Interface
     server: Text | None = None
+    token_file: FilePath | None = None
+    listen_port: PortNumber | None = None
 
 
 class Netmaker(_Spec):
@@ -285,13 +386,15 @@ class Networking(_Spec):
     """Links between bridges."""
 
     veth_pairs: dict[Text, VethPair] = {}
+    firewall: FirewallSpec | None = None
 
 
-class WarpTunnel(_Spec):
+class WarpTunnel(_TunnelSpec):
     """The tunnel to the world. Its commands are read for what they mean, and never run."""
 
     interface: Interface
     enabled: bool = True
+    probe: ProbeSpec | None = None
     post_up: Text | None = None
     pre_down: Text | None = None
 
@@ -304,6 +407,9 @@ class VpnServer(_Spec):
     ip_pool: Cidr
     auto_provision: bool = False
     container: ContainerId | None = None
+    private_key_file: FilePath | None = None
+    endpoint: EndpointText | None = Field(default=None, description="HOST:PORT that clients dial")
+    dns: list[Address] = []
     post_up: Text | None = None
     pre_down: Text | None = None
 
@@ -354,6 +460,11 @@ class ContainerSpec(_Spec):
     veth: Interface | None = None
     bridge: Interface | None = None
     running: bool = True
+    driver: Literal["netns", "lxc"] | None = None
+    command: list[Text] = Field(default=[], description="netns: the program to run and keep running")
+    template: Label | None = Field(default=None, description="lxc: the template it is made from")
+    rootfs: FilePath | None = Field(default=None, description="lxc: a root file system that is there")
+    order: Annotated[int, Field(ge=0, le=1_000_000)] = Field(default=0, description="smaller starts earlier")
     properties: Properties
 
     @property
@@ -373,6 +484,7 @@ class StateSpec(_Spec):
 
     networks: dict[Label, NetworkSpec] = Field(default={}, max_length=MAX_NETWORKS)
     bridges: dict[Interface, BridgeSpec] = {}
+    host: HostSpec = HostSpec()
     netmaker: Netmaker = Netmaker()
     networking: Networking = Networking()
     wireguard: Wireguard = Wireguard()
@@ -434,6 +546,7 @@ _UNITS: Final[dict[tuple[str | int, ...], int]] = {
     ("bridges",): 2,
     ("wireguard",): 2,
 }
+_SECRET: Final = frozenset(("bad-key",))
 _Trie = dict[str | int, Any]
 
 
@@ -527,10 +640,16 @@ def _problem(detail: ErrorDetails, guesses: _Guesses) -> Problem:
     if kind == "literal_error":
         return error("bad-value", path, found, str(context["expected"]), "Choose one of them.")
     if kind in ("greater_than_equal", "less_than_equal"):
-        return error("out-of-range", path, found, "a number from 1 to 65535", "Choose one in that range.")
+        low, high = context.get("ge"), context.get("le")
+        limit = f"a number of at least {low}" if high is None else f"a number of at most {high}"
+        if low == 1 or high == 65535:
+            limit = "a number from 1 to 65535"
+        return error("out-of-range", path, found, limit, "Choose one in that range.")
     if kind == "too_long":
         expected = f"at most {context['max_length']} entries"
         return error("too-many", path, f"{context['actual_length']} entries", expected, "Remove or split some.")
+    if kind in _SECRET:
+        found = "something else"
     if "fix" in context:
         return error(kind, path, found, str(context["expected"]), str(context["fix"]))
     expected = _TYPES.get(kind, detail["msg"])

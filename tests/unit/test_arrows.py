@@ -13,11 +13,10 @@ PACKAGES = ("controller", "apps", "lab")
 
 # From the bottom up. A module may import what stands in lower ranks, and in its own.
 RANKS = (
-    ("problems", "model", "events"),
+    ("problems", "model", "events", "notes", "hostmodel"),
     ("fields", "ofparse", "statetext", "eventfiles"),
     ("flow", "stateschema", "ofrules", "eventlog", "eventread", "eventverify", "eventview"),
-    ("hostmodel",),
-    ("frame", "statederive", "hostderive", "flownames", "flowwrites"),
+    ("frame", "hostderive", "statederive", "flownames", "flowwrites"),
     ("flowmatch",),
     ("flowactions",),
     ("flowtext",),
@@ -63,8 +62,10 @@ APART = {
     "flowmatch": {"fields", "flow", "flownames"},
     "flowactions": {"fields", "flow", "flownames", "flowmatch", "flowwrites"},
     "flowtext": {"problems", "flow", "flownames", "flowmatch", "flowactions", "flowwrites"},
-    "statefile": {"model", "problems", "statetext", "stateschema", "statederive", "ofrules"},
-    "statederive": {"model", "problems", "statetext", "stateschema", "ofrules"},
+    "statefile": {"model", "hostmodel", "problems", "statetext", "stateschema", "statederive", "ofrules"},
+    "statederive": {"model", "hostmodel", "hostderive", "notes", "problems", "statetext", "stateschema", "ofrules"},
+    "hostderive": {"model", "hostmodel", "notes", "stateschema"},
+    "agent": {"asking", "eventfiles", "eventlog", "events", "hostmodel", "model", "problems", "statefile"},
     "ofrules": {"model", "problems", "ofparse"},
 }
 
