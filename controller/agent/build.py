@@ -55,9 +55,23 @@ def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
         out += _container_links(network, member, parts)
         ports[network.bridge].append(member.port)
     out += (Ports(parts.ovsdb, name, tuple(names)) for name, names in ports.items())
+    for network in state.networks:
+        out += _host_side(network, parts)
     for network, member, container in running:
         out += _container(network, member, container, parts)
     return out
+
+
+def _host_side(network: Network, parts: Parts) -> list[Resource]:
+    """The host's own address on a bridge, and its way to the VPN server for clients that come in by an uplink."""
+    addresses = (f"{network.host}/{network.subnet.length}",) if network.host is not None else ()
+    routes: tuple[Route, ...] = ()
+    if network.vpn is not None and network.host is None:
+        routes = (Route(f"{network.member(network.vpn.member_id).address}/32"),)
+    if not addresses and not routes:
+        return []
+    needs = (f"bridge/{network.bridge}",)
+    return [Interface(parts.nets, None, network.bridge, addresses=addresses, routes=routes, needs=needs)]
 
 
 def _sums(parts: Parts) -> bool:
