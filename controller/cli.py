@@ -17,10 +17,10 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from controller import eventview
+from controller import agentcli, eventview
+from controller.asking import ask
 from controller.checkcli import check
 from controller.compile import BridgeCompiler, Compiled, Names, planned_ports
-from controller.control import ask
 from controller.eventread import Filter, follow, last_seq, read
 from controller.events import Kind, Record, encode
 from controller.eventverify import verify
@@ -56,7 +56,7 @@ def main() -> None:
 
 main.add_command(lab)
 main.add_command(verify_host)
-for command in (check, *PROOF_COMMANDS):
+for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS):
     main.add_command(command)
 
 

@@ -1,6 +1,6 @@
 """The control socket: how the command line asks a running controller. One JSON object a line, each way.
 
-A unix socket of mode 600 in the run directory. Server side for the shell, client side for the command line.
+A unix socket of mode 600 in the run directory. The server; who asks is in `controller.asking`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from controller import unixsocket
-from controller.problems import BulkheadError
 
 MAX_QUESTION = 4096
 ANSWER_S = 30.0
@@ -75,28 +74,3 @@ def _send(sock: socket.socket, reply: dict[str, Any]) -> None:
         LOG.info("the asker went away: %s", exc)
     finally:
         sock.close()
-
-
-def ask(run_dir: Path, question: dict[str, Any], timeout_s: float = ANSWER_S) -> dict[str, Any]:
-    """Ask the controller of `run_dir`. Raises `BulkheadError` where there is none, or it says no."""
-    path = run_dir / "controller.sock"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(timeout_s)
-        try:
-            sock.connect(str(path))
-            sock.sendall(json.dumps(question).encode() + b"\n")
-            line = sock.makefile("rb").readline()
-        except OSError as exc:
-            raise BulkheadError(
-                f"no controller answers on {path} ({exc.strerror or exc}). Start one with: bulkhead controller FILE, "
-                "or name its directory with --run-dir"
-            ) from exc
-    try:
-        reply = json.loads(line)
-    except ValueError as exc:
-        raise BulkheadError(f"the controller on {path} ended while answering; ask again") from exc
-    if not isinstance(reply, dict):
-        raise BulkheadError(f"the controller on {path} answered something else than an object")
-    if "error" in reply:
-        raise BulkheadError(str(reply["error"]))
-    return reply

@@ -376,6 +376,8 @@ class Core:
         return out + self._note_egress(switch) + self._want(switch, now)
 
     def _egress_health(self, health: EgressHealth, now: float) -> Effects:
+        if health.healthy == (health.network not in self._unhealthy):
+            return []
         (self._unhealthy.discard if health.healthy else self._unhealthy.add)(health.network)
         out: Effects = []
         for switch in self.switches.values():

@@ -49,6 +49,14 @@ class Kind(StrEnum):
     UNKNOWN_BRIDGE = "unknown_bridge"
     CONTROLLER_STARTED = "controller_started"
     CONTROLLER_STOPPED = "controller_stopped"
+    AGENT_STARTED = "agent_started"
+    AGENT_STOPPED = "agent_stopped"
+    HOST_CHANGED = "host_changed"
+    HOST_HEALED = "host_healed"
+    HOST_ERROR = "host_error"
+    HOST_READY = "host_ready"
+    TUNNEL_UP = "tunnel_up"
+    TUNNEL_DOWN = "tunnel_down"
     LOST = "lost"
     INTERNAL_ERROR = "internal_error"
 
@@ -73,6 +81,9 @@ _WARNINGS: Final = frozenset(
         Kind.EGRESS_DOWN,
         Kind.OPENFLOW_ERROR,
         Kind.UNKNOWN_BRIDGE,
+        Kind.HOST_HEALED,
+        Kind.HOST_ERROR,
+        Kind.TUNNEL_DOWN,
         Kind.LOST,
     }
 )

@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from controller.control import ask
+from controller.asking import ask
 from controller.events import JSON
 from controller.model import DesiredState, Ipv4
 from controller.ovsctl import Looked, Ovs, Traced, captured

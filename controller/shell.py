@@ -45,6 +45,7 @@ from controller.ovsdb import Facts
 from controller.problems import InvalidInput
 from controller.signals import (
     Effect,
+    EgressHealth,
     FactsSeen,
     FlowGone,
     FlowsChanged,
@@ -329,8 +330,19 @@ class Bulkhead(app_manager.OSKenApp):  # type: ignore[misc]
             self._plan(Path(str(question.get("file", ""))), reply)
         elif ask == "unseal":
             self._unseal(str(question.get("bridge", "")), str(question.get("port", "")), reply)
+        elif ask == "health":
+            self._health(str(question.get("network", "")), question.get("healthy"), reply)
         else:
-            reply({"error": f"unknown question {json.dumps(ask)[:80]}; expected status, flows, plan or unseal"})
+            reply({"error": f"unknown question {json.dumps(ask)[:80]}; expected status, flows, plan, unseal or health"})
+
+    def _health(self, network: str, healthy: object, reply: Callable[[dict[str, Any]], None]) -> None:
+        known = [one.name for one in self.core.state.networks if one.egress is not None]
+        if network not in known or not isinstance(healthy, bool):
+            there = ", ".join(known) or "none"
+            reply({"error": f"no network {network!r} with an egress, or no true or false; there are: {there}"})
+            return
+        self.feed(EgressHealth(network, healthy))
+        reply({"network": network, "healthy": healthy})
 
     def _unseal(self, bridge: str, port: str, reply: Callable[[dict[str, Any]], None]) -> None:
         sealed = self.core.sealed()

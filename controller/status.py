@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-from controller import diff
+from controller import diff, fields
 from controller.codec import FlowStats
 from controller.compile import BridgeCompiler, Names
 from controller.events import JSON
 from controller.model import Bridge, DesiredState
-from controller.pipeline import table_name
-from controller.reconcile import ends_by_itself
+from controller.pipeline import ADMIT, table_name
+from controller.reconcile import Phase, ends_by_itself
 from controller.switch import Switch, dpid_words, flow_words
 from controller.verify.prove import Finding
 from controller.wording import Wording
@@ -46,6 +46,7 @@ def _bridge(wording: Wording, bridge: Bridge, switch: Switch | None, warnings: W
     out: dict[str, JSON] = {"name": bridge.name, "kind": bridge.kind, "network": bridge.network}
     if switch is None:
         return {**out, "connected": False, "phase": "away"}
+    opened = _open_ports(switch)
     return {
         **out,
         "connected": True,
@@ -59,10 +60,24 @@ def _bridge(wording: Wording, bridge: Bridge, switch: Switch | None, warnings: W
         "unreadable": switch.offenders.unreadable,
         "warnings": [text for (name, _), text in warnings.items() if name == switch.name],
         "ports": [
-            {"name": p.name, "number": p.number, "up": p.up, "container": wording.container(switch, p.name)}
+            {
+                "name": p.name,
+                "number": p.number,
+                "up": p.up,
+                "open": p.number in opened,
+                "container": wording.container(switch, p.name),
+            }
             for p in sorted(switch.ports.values(), key=lambda p: p.number)
         ],
     }
+
+
+def _open_ports(switch: Switch) -> set[int]:
+    """Ports whose packets the first table lets in, by flows that the switch has confirmed."""
+    if switch.flows.phase is not Phase.STEADY:
+        return set()
+    first = (flow for flow in switch.flows.installed.values() if flow.table == ADMIT.id and flow.goto is not None)
+    return {match[0] for flow in first if (match := flow.match.get(fields.IN_PORT_FIELD)) is not None}
 
 
 def plan(old: DesiredState, new: DesiredState, switches: Collection[Switch]) -> list[dict[str, JSON]]:

@@ -279,7 +279,7 @@ def _await_ready(reader: BinaryIO, run_dir: Path, progress: Callable[[str], None
 
 def _await_steady(run_dir: Path, deadline: float) -> None:
     """Until the controller itself says that every bridge is as declared. It usually is by now."""
-    from controller.control import ask
+    from controller.asking import ask
     from controller.problems import BulkheadError
 
     late = "the controller does not answer"

@@ -13,6 +13,8 @@ from typing import Protocol
 
 from controller.problems import BulkheadError
 
+Step = Callable[[], Awaitable[None]]
+
 
 class Sign(StrEnum):
     """What a change does: makes something, alters it, takes it away."""
@@ -30,7 +32,7 @@ class Change:
     sign: Sign
     what: str
     why: str
-    do: Callable[[], Awaitable[None]] = field(repr=False, compare=False)
+    do: Step = field(repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.sign} {self.what}: {self.why}"
@@ -60,4 +62,11 @@ class Failed(BulkheadError):
 
 
 class Waiting(BulkheadError):
-    """A resource has to wait for something that is nobody's fault; the text says for what."""
+    """A resource has to wait for something that is nobody's fault; the text says for what.
+
+    `retry_s` is when to look again, where that is known.
+    """
+
+    def __init__(self, text: str, retry_s: float | None = None) -> None:
+        super().__init__(text)
+        self.retry_s = retry_s

@@ -27,7 +27,7 @@ import yaml
 from ovs.unixctl.client import UnixctlClient
 
 from controller import statefile
-from controller.control import ask
+from controller.asking import ask
 from controller.eventread import read
 from controller.events import Record
 from controller.model import DesiredState, Ipv4, Mac, Network

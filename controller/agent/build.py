@@ -1,0 +1,126 @@
+"""From a state file to the resources of this host, in the order in which they are made. Imports every resource."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from controller.agent.gate import Controller, Gate
+from controller.agent.links import End, Interface, Namespace, Veth
+from controller.agent.netlink import Nets, Route
+from controller.agent.ovs import Bridge, Ovsdb, Ports
+from controller.agent.resource import Resource
+from controller.agent.run import PREFIX
+from controller.agent.settings import Settings
+from controller.hostmodel import WARP_MTU, Container, HostState, Leg
+from controller.model import DesiredState, Mac, Member, Network, Role
+
+NEXT_HOP = "169.254.0.1"
+"""What a leg sends everything to that is for its bridge: an address nobody has, with one permanent neighbour. The flows
+know by address where a packet goes, whatever MAC it has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What resources work with."""
+
+    settings: Settings
+    nets: Nets
+    ovsdb: Ovsdb
+    controller: Controller
+    datapath: str
+
+
+def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
+    """Every resource that the state asks for."""
+    out: list[Resource] = []
+    ports: dict[str, list[str]] = {bridge.name: [] for bridge in state.bridges}
+    for bridge in state.bridges:
+        pinned = bridge.datapath_id if bridge.datapath_id is not None else int(Mac.derive("bridge", bridge.name))
+        out.append(Bridge(parts.ovsdb, bridge.name, parts.datapath, pinned, parts.settings.controller))
+    for one, other in host.veths:
+        out.append(Veth(parts.nets, End(one.name), End(other.name), software_sums=_sums(parts)))
+        ports[one.bridge].append(one.name)
+        ports[other.bridge].append(other.name)
+    for leg in host.legs:
+        if leg.enabled:
+            out += _leg_links(state.network(leg.network), leg, parts)
+            ports[leg.bridge].append(leg.port)
+    wanted = [(network, member) for network in state.networks for member in network.members]
+    containers = sorted(
+        ((network, member, host.container(member.id)) for network, member in wanted),
+        key=lambda each: (each[2].order, len(each[1].id), each[1].id),
+    )
+    running = [each for each in containers if each[2].running]
+    for network, member, _ in running:
+        out += _container_links(network, member, parts)
+        ports[network.bridge].append(member.port)
+    out += (Ports(parts.ovsdb, name, tuple(names)) for name, names in ports.items())
+    for network, member, container in running:
+        out += _container(network, member, container, parts)
+    return out
+
+
+def _sums(parts: Parts) -> bool:
+    return parts.datapath == "netdev"
+
+
+def namespace_of(name: str) -> str:
+    """The namespace of a container's id, or of a leg's port."""
+    return f"{PREFIX}{name}"
+
+
+def _leg_links(network: Network, leg: Leg, parts: Parts) -> list[Resource]:
+    namespace = namespace_of(leg.port)
+    if leg.role is Role.EGRESS:
+        assert network.egress is not None
+        mac = network.egress.mac
+        routes = tuple(Route(str(prefix), NEXT_HOP) for prefix in network.prefixes)
+    else:
+        assert network.mesh is not None
+        mac = network.mesh.mac
+        routes = (Route("default", NEXT_HOP),)
+    near, far = End(leg.port), End("eth0", namespace, str(mac))
+    return [
+        Namespace(parts.nets, namespace),
+        Veth(parts.nets, near, far, software_sums=_sums(parts)),
+        Interface(
+            parts.nets,
+            namespace,
+            "eth0",
+            addresses=(f"{network.gateway}/32",) if leg.role is Role.EGRESS else (),
+            routes=routes,
+            neighbours=((NEXT_HOP, str(network.gateway_mac if leg.role is Role.MESH else _other(network))),),
+            needs=(f"veth/{leg.port}",),
+            exact=True,
+        ),
+    ]
+
+
+def _other(network: Network) -> Mac:
+    """A MAC address for the leg of the egress to send to, which must not be its own."""
+    return Mac.derive(network.name, "bridge")
+
+
+def mtu_of(network: Network, host_mtu: int | None) -> int:
+    """What fits through the network's tunnel."""
+    return host_mtu or (WARP_MTU if network.egress is not None else 1500)
+
+
+def _container_links(network: Network, member: Member, parts: Parts) -> list[Resource]:
+    namespace = namespace_of(member.id)
+    near, far = End(member.port), End("eth0", namespace, str(member.mac), mtu_of(network, None))
+    return [Namespace(parts.nets, namespace), Veth(parts.nets, near, far, software_sums=_sums(parts))]
+
+
+def _container(network: Network, member: Member, container: Container, parts: Parts) -> list[Resource]:
+    namespace = namespace_of(member.id)
+    gate = Gate(parts.nets, parts.controller, network.bridge, member.port, namespace, (f"veth/{member.port}",))
+    interface = Interface(
+        parts.nets,
+        namespace,
+        "eth0",
+        addresses=(f"{member.address}/{network.subnet.length}",),
+        routes=(Route("default", str(network.gateway)),),
+        needs=(gate.key,),
+    )
+    return [gate, interface]

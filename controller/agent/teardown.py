@@ -1,0 +1,135 @@
+"""What is ours and nobody wants any more: found by its marks, and taken away.
+
+Nothing else is touched: bridges and ports are ours by their external ids, links by their group, namespaces by their
+names. Imports the resources.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from controller.agent.build import Parts, build
+from controller.agent.gate import Controller
+from controller.agent.links import our_links, our_namespaces, remove_link, remove_namespace
+from controller.agent.netlink import Nets
+from controller.agent.ovs import Ovsdb, choose_datapath, drop_ports, give_back
+from controller.agent.reconciler import plan
+from controller.agent.resource import Change, Resource, Sign, Step
+from controller.agent.settings import Settings
+from controller.problems import BulkheadError
+from controller.statefile import load
+
+
+class Leftover:
+    """Something of ours that is not wanted. As wanted once it is gone."""
+
+    period = 3600.0
+
+    def __init__(self, key: str, what: str, parts: Parts, step: Step) -> None:
+        self.key = f"leftover/{key}"
+        self.needs: tuple[str, ...] = ()
+        self._what, self._step = what, step
+        self._gone = False
+
+    async def diff(self) -> list[Change]:
+        if self._gone:
+            return []
+
+        async def do() -> None:
+            await self._step()
+            self._gone = True
+
+        return [Change(Sign.REMOVE, self._what, "not in the state file any more", do)]
+
+
+async def leftovers(parts: Parts, wanted: Sequence[Resource]) -> list[Resource]:
+    """What is there of ours beside `wanted`, in the order in which it goes."""
+    keys = {resource.key for resource in wanted}
+    out: list[Resource] = []
+    for name, bridge in (await parts.ovsdb.bridges()).items():
+        if bridge.mark and f"bridge/{name}" not in keys:
+            out.append(Leftover(f"bridge/{name}", f"bridge {name}", parts, _giving(parts.ovsdb, name)))
+        elif not bridge.mark:
+            ours = [port.name for port in bridge.ports.values() if port.ours]
+            if ours:
+                what = f"ports {' '.join(ours)} of {name}"
+                out.append(Leftover(f"ports/{name}", what, parts, _dropping(parts.ovsdb, name, ours)))
+    ends = {key.removeprefix("veth/") for key in keys if key.startswith("veth/")}
+    ends |= {end for resource in wanted for end in getattr(resource, "host_ends", ())}
+    for link in await our_links(parts.nets):
+        if link not in ends:
+            out.append(Leftover(f"link/{link}", f"interface {link}", parts, _unlinking(parts, link)))
+    for name in our_namespaces():
+        if f"namespace/{name}" not in keys:
+            out.append(Leftover(f"namespace/{name}", f"network namespace {name}", parts, _removing(parts, name)))
+    return out
+
+
+def _giving(ovsdb: Ovsdb, name: str) -> Step:
+    async def do() -> None:
+        await give_back(ovsdb, name)
+
+    return do
+
+
+def _dropping(ovsdb: Ovsdb, bridge: str, names: list[str]) -> Step:
+    async def do() -> None:
+        await drop_ports(ovsdb, bridge, names)
+
+    return do
+
+
+def _unlinking(parts: Parts, name: str) -> Step:
+    async def do() -> None:
+        await remove_link(parts.nets, None, name)
+
+    return do
+
+
+def _removing(parts: Parts, name: str) -> Step:
+    async def do() -> None:
+        await remove_namespace(parts.nets, name)
+
+    return do
+
+
+@contextlib.asynccontextmanager
+async def _parts(settings: Settings, wanted_datapath: str = "auto") -> AsyncIterator[Parts]:
+    nets = Nets()
+    ovsdb = Ovsdb(settings.ovsdb)
+    try:
+        datapath = await choose_datapath(wanted_datapath, ovsdb)
+        yield Parts(settings, nets, ovsdb, Controller(settings.run_dir), datapath)
+    finally:
+        nets.close()
+        await asyncio.to_thread(ovsdb.close)
+
+
+async def plan_all(settings: Settings) -> list[dict[str, str]]:
+    """Everything the agent would do for a state file now. Changes nothing."""
+    loaded = load(settings.state_file)
+    async with _parts(settings, loaded.host.datapath) as parts:
+        resources = build(loaded.state, loaded.host, parts)
+        rows = []
+        for key, found in await plan([*await leftovers(parts, resources), *resources]):
+            if isinstance(found, Change):
+                rows.append({"key": key, "sign": str(found.sign), "what": found.what, "why": found.why})
+            else:
+                rows.append({"key": key, "sign": "?", "what": key, "why": found})
+        return rows
+
+
+async def take_down(settings: Settings, told: Callable[[str], None], *, purge: bool = False) -> list[str]:
+    """Take everything of ours away. Answers what could not be."""
+    failures = []
+    async with _parts(settings, "netdev") as parts:
+        for resource in await leftovers(parts, ()):
+            for change in await resource.diff():
+                try:
+                    await change.do()
+                    told(f"{change.sign} {change.what}")
+                except BulkheadError as exc:
+                    failures.append(f"{change.what}: {exc}")
+    return failures
