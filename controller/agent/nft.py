@@ -1,7 +1,7 @@
 """nftables: one table of ours, loaded in one transaction, read back and compared.
 
 nft prints a table otherwise than it was written, so what it prints right after loading is kept beside the digest of what
-was wanted; later the table must still be printed so. No other table is ever named. Imports files, netns, resource, run.
+was wanted; later the table must still be printed so. No other table is ever named. Imports files, resource, run.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from controller.agent import netns
 from controller.agent.files import read_or_none, write_atomically
 from controller.agent.resource import Change, Failed, Sign
-from controller.agent.run import call
+from controller.agent.run import NETNS_DIR, call
 
 TABLE = "bulkhead"
 """The name of every table of ours, whatever its family."""
@@ -71,6 +70,7 @@ class NftTable:
         self.family, self.namespace = family, namespace
         self.key = "/".join(filter(None, ("nft", namespace, family, TABLE)))
         self.needs = tuple(needs)
+        self.watches = (namespace,) if callable(text) else ()
         self._text = text
         self._kept = kept_path(run_dir, family, namespace)
 
@@ -84,6 +84,9 @@ class NftTable:
         """The text that is wanted now."""
         return self._text if isinstance(self._text, str) else self._text()
 
+    def _has_place(self) -> bool:
+        return self.namespace is None or (NETNS_DIR / self.namespace).exists()
+
     async def diff(self) -> list[Change]:
         """Load it where it is missing, was changed, or another text is wanted."""
         text = self.wanted()
@@ -91,7 +94,7 @@ class NftTable:
         async def load() -> None:
             await self.load(text)
 
-        if not netns.exists(self.namespace):
+        if not self._has_place():
             return [Change(Sign.ADD, self.what, "missing", load)]
         found = await listing(self.family, self.namespace)
         if found is None:
@@ -118,7 +121,7 @@ class NftTable:
 
     async def remove(self) -> None:
         """Take the table away, if it and its namespace are there. Raises `Failed`."""
-        if netns.exists(self.namespace):
+        if self._has_place():
             await call("nft", "-f", "-", namespace=self.namespace, stdin=transaction(self.family))
         self._kept.unlink(missing_ok=True)
 

@@ -1,7 +1,7 @@
 """Kernel settings below /proc/sys/net, in the host's network namespace or in one of ours.
 
 In the host's namespace the value that was there before is kept, and put back by `restore`; in ours there is nobody to
-put it back for. Imports files, netns, resource.
+put it back for. Imports files, netns, resource, run.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from controller.agent import netns
 from controller.agent.files import read_or_none, write_atomically
 from controller.agent.netns import in_namespace
 from controller.agent.resource import Change, Failed, Sign
+from controller.agent.run import NETNS_DIR
 
 ROOT = Path("/proc/sys")
 BEFORE = "sysctls.json"
@@ -43,28 +43,29 @@ class Sysctls:
         self.namespace = namespace
         self.key = "/".join(filter(None, ("sysctl", namespace or "host", name)))
         self.needs = tuple(needs)
+        self.watches = (namespace,)
         self._before = state_dir / BEFORE if state_dir is not None and namespace is None else None
 
     async def diff(self) -> list[Change]:
         """Write each that is otherwise."""
-        if not netns.exists(self.namespace):
+        if self.namespace is not None and not (NETNS_DIR / self.namespace).exists():
             return [self._change(path, None) for path in self.wanted]
-        found = await self._there(_read_all(self.wanted))
+        found = self._there(_read_all(self.wanted))
         return [self._change(path, value) for path, value in found.items() if value != self.wanted[path]]
 
     def _change(self, path: str, value: str | None) -> Change:
         async def write() -> None:
             if self._before is not None and value is not None:
                 _keep(self._before, path, value)
-            await self._there(_write(path, self.wanted[path]))
+            self._there(_write(path, self.wanted[path]))
 
         place = f" in {self.namespace}" if self.namespace else ""
         why = "not known yet" if value is None else f"is {value}"
         return Change(Sign.CHANGE, f"sysctl {path}={self.wanted[path]}{place}", why, write)
 
-    async def _there(self, function: _Step) -> dict[str, str]:
+    def _there(self, function: _Step) -> dict[str, str]:
         # Our own namespace needs no thread: these files answer at once.
-        return function() if self.namespace is None else await in_namespace(self.namespace, function)
+        return function() if self.namespace is None else in_namespace(NETNS_DIR / self.namespace, function)
 
 
 class _Step:
