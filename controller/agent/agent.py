@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from controller.agent.build import Parts, build
+from controller.agent.files import write_atomically
 from controller.agent.gate import Controller
 from controller.agent.netlink import Nets
 from controller.agent.ovs import Ovsdb, choose_datapath
@@ -157,7 +158,7 @@ class Agent:
             if now != before:
                 before = now
                 with contextlib.suppress(OSError):
-                    write_file(path, json.dumps(now, indent=1))
+                    write_atomically(path, json.dumps(now, indent=1), 0o644)
             self._log.tick()
             await asyncio.sleep(0.05)
 
@@ -182,18 +183,6 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino
-
-
-def write_file(path: Path, text: str, mode: int = 0o644) -> None:
-    """Write a file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    with contextlib.suppress(FileNotFoundError):
-        new.unlink()
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-    new.replace(path)
 
 
 @contextlib.contextmanager

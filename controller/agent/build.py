@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from controller.agent import sysctls
+from controller.agent.firewall import ingress_table, leg_table
 from controller.agent.gate import Controller, Gate
+from controller.agent.hosttable import HostTable, default_uplinks
 from controller.agent.links import End, Interface, Namespace, Veth
 from controller.agent.netlink import Nets, Route
+from controller.agent.nft import NftTable
 from controller.agent.ovs import Bridge, Ovsdb, Ports
 from controller.agent.resource import Resource
 from controller.agent.run import PREFIX
 from controller.agent.settings import Settings
-from controller.hostmodel import WARP_MTU, Container, HostState, Leg
+from controller.agent.sysctls import Sysctls
+from controller.hostmodel import WARP_MTU, Container, Datapath, HostState, Leg
 from controller.model import DesiredState, Mac, Member, Network, Role
 
 NEXT_HOP = "169.254.0.1"
@@ -32,7 +38,8 @@ class Parts:
 
 def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
     """Every resource that the state asks for."""
-    out: list[Resource] = []
+    own_dir = parts.settings.own_dir
+    out: list[Resource] = [HostTable(state, host, own_dir)]
     ports: dict[str, list[str]] = {bridge.name: [] for bridge in state.bridges}
     for bridge in state.bridges:
         pinned = bridge.datapath_id if bridge.datapath_id is not None else int(Mac.derive("bridge", bridge.name))
@@ -54,12 +61,28 @@ def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
     for network, member, _ in running:
         out += _container_links(network, member, parts)
         ports[network.bridge].append(member.port)
-    out += (Ports(parts.ovsdb, name, tuple(names)) for name, names in ports.items())
+    names = [name for of_bridge in ports.values() for name in of_bridge]
+    if parts.datapath == Datapath.NETDEV:
+        out.append(NftTable("netdev", lambda: ingress_table(name for name in names if _exists(name)), own_dir))
+    out.append(Sysctls(_host_settings(state, host, names), state_dir=parts.settings.state_dir))
+    out += (Ports(parts.ovsdb, name, tuple(of_bridge)) for name, of_bridge in ports.items())
     for network in state.networks:
         out += _host_side(network, parts)
     for network, member, container in running:
         out += _container(network, member, container, parts)
     return out
+
+
+def _exists(name: str) -> bool:
+    return Path("/sys/class/net", name).exists()
+
+
+def _host_settings(state: DesiredState, host: HostState, ports: list[str]) -> dict[str, str]:
+    wanted = sysctls.ports(ports) | sysctls.bridges(bridge.name for bridge in state.bridges)
+    for network in state.networks:
+        if network.vpn is not None:
+            wanted |= sysctls.host_vpn(host.uplinks or default_uplinks(), network.bridge)
+    return wanted
 
 
 def _host_side(network: Network, parts: Parts) -> list[Resource]:
@@ -85,6 +108,7 @@ def namespace_of(name: str) -> str:
 
 def _leg_links(network: Network, leg: Leg, parts: Parts) -> list[Resource]:
     namespace = namespace_of(leg.port)
+    addresses = tuple(address for address, _ in leg.tunnel.addresses)
     if leg.role is Role.EGRESS:
         assert network.egress is not None
         mac = network.egress.mac
@@ -94,8 +118,12 @@ def _leg_links(network: Network, leg: Leg, parts: Parts) -> list[Resource]:
         mac = network.mesh.mac
         routes = (Route("default", NEXT_HOP),)
     near, far = End(leg.port), End("eth0", namespace, str(mac))
+    own = (f"namespace/{namespace}",)
+    # Rules come before anything that could carry a packet.
     return [
         Namespace(parts.nets, namespace),
+        NftTable("inet", leg_table(leg, network, tunnel_addresses=addresses), parts.settings.own_dir, namespace, own),
+        Sysctls(sysctls.leg(leg.tunnel.interface), namespace, needs=own),
         Veth(parts.nets, near, far, software_sums=_sums(parts)),
         Interface(
             parts.nets,
@@ -123,7 +151,12 @@ def mtu_of(network: Network, host_mtu: int | None) -> int:
 def _container_links(network: Network, member: Member, parts: Parts) -> list[Resource]:
     namespace = namespace_of(member.id)
     near, far = End(member.port), End("eth0", namespace, str(member.mac), mtu_of(network, None))
-    return [Namespace(parts.nets, namespace), Veth(parts.nets, near, far, software_sums=_sums(parts))]
+    forwards = network.vpn is not None and network.vpn.member_id == member.id
+    return [
+        Namespace(parts.nets, namespace),
+        Sysctls(sysctls.container(forwards=forwards), namespace, needs=(f"namespace/{namespace}",)),
+        Veth(parts.nets, near, far, software_sums=_sums(parts)),
+    ]
 
 
 def _container(network: Network, member: Member, container: Container, parts: Parts) -> list[Resource]:

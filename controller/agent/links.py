@@ -6,7 +6,6 @@ import contextlib
 import ipaddress
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from controller.agent.netlink import GROUP, PERMANENT, Link, Net, Nets, Route, explained, inode
 from controller.agent.resource import Change, Failed, Sign, Step
@@ -127,10 +126,6 @@ class Veth:
                 out.append(Change(Sign.CHANGE, f"MAC of {end}", why, self._setting(end, address=end.mac)))
             if self._software_sums and (link is None or not self._sums_itself(end)):
                 out.append(Change(Sign.CHANGE, f"checksum offload of {end}", "on", self._sum(end)))
-            if end.namespace is None and (link is None or _speaks_ipv6(end.name)):
-                out.append(
-                    Change(Sign.CHANGE, f"IPv6 of {end}", "the host would have an address there", self._mute(end))
-                )
             if end.namespace is None and (link is None or not link.up):
                 out.append(Change(Sign.CHANGE, f"interface {end}", "down", self._setting(end, state="up")))
         return out
@@ -179,26 +174,6 @@ class Veth:
             (await self._nets.get(end.namespace)).sum_yourself(end.name)
 
         return do
-
-
-def _ipv6(name: str) -> Path:
-    return Path("/proc/sys/net/ipv6/conf", name, "disable_ipv6")
-
-
-def _speaks_ipv6(name: str) -> bool:
-    """Whether the host may have IPv6 addresses on an interface; not where the kernel has no IPv6 at all."""
-    try:
-        return _ipv6(name).read_text().strip() == "0"
-    except OSError:
-        return False
-
-
-def _mute(name: str) -> Step:
-    async def do() -> None:
-        with contextlib.suppress(FileNotFoundError):
-            _ipv6(name).write_text("1")
-
-    return do
 
 
 async def remove_link(nets: Nets, namespace: str | None, name: str) -> None:
@@ -261,10 +236,6 @@ class Interface:
             routes = await net.routes(link.index)
             neighbours = await net.neighbours(link.index)
         out = []
-        if self._namespace is None and link is not None and _speaks_ipv6(self._name):
-            out.append(
-                Change(Sign.CHANGE, f"IPv6 of {self}", "the host would have an address there", _mute(self._name))
-            )
         if link is None or not link.up:
             out.append(Change(Sign.CHANGE, f"interface {self}", "down", self._up))
             routes = set()

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from controller.agent.build import Parts, build
 from controller.agent.gate import Controller
+from controller.agent.hosttable import HostTable
 from controller.agent.links import our_links, our_namespaces, remove_link, remove_namespace
 from controller.agent.netlink import Nets
+from controller.agent.nft import TABLE, NftTable, listing
 from controller.agent.ovs import Ovsdb, choose_datapath, drop_ports, give_back
 from controller.agent.reconciler import plan
 from controller.agent.resource import Change, Resource, Sign, Step
 from controller.agent.settings import Settings
+from controller.agent.sysctls import restore
+from controller.hostmodel import HostState
+from controller.model import DesiredState
 from controller.problems import BulkheadError
 from controller.statefile import load
 
@@ -61,6 +67,11 @@ async def leftovers(parts: Parts, wanted: Sequence[Resource]) -> list[Resource]:
     for link in await our_links(parts.nets):
         if link not in ends:
             out.append(Leftover(f"link/{link}", f"interface {link}", parts, _unlinking(parts, link)))
+    for family in ("netdev", "inet"):
+        if f"nft/{family}/{TABLE}" not in keys and await listing(family) is not None:
+            table = HostTable(DesiredState(), HostState(), parts.settings.own_dir)
+            step = table.remove if family == "inet" else NftTable(family, "", parts.settings.own_dir).remove
+            out.append(Leftover(f"nft/{family}", f"nftables table {family} {TABLE}", parts, step))
     for name in our_namespaces():
         if f"namespace/{name}" not in keys:
             out.append(Leftover(f"namespace/{name}", f"network namespace {name}", parts, _removing(parts, name)))
@@ -132,4 +143,11 @@ async def take_down(settings: Settings, told: Callable[[str], None], *, purge: b
                     told(f"{change.sign} {change.what}")
                 except BulkheadError as exc:
                     failures.append(f"{change.what}: {exc}")
+        for text in restore(settings.state_dir):
+            told(f"~ {text}, as it was")
+    shutil.rmtree(settings.own_dir, ignore_errors=True)
+    if purge:
+        shutil.rmtree(settings.state_dir, ignore_errors=True)
+    with contextlib.suppress(OSError):  # the controller may have files there
+        settings.run_dir.rmdir()
     return failures
