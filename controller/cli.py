@@ -46,6 +46,7 @@ from controller.terminal import (
     say,
 )
 from controller.verify.gate import try_proof
+from controller.vpncli import vpn
 from lab.cli import lab
 
 OVSDB = "unix:/var/run/openvswitch/db.sock"
@@ -60,6 +61,7 @@ def main() -> None:
 main.add_command(lab)
 main.add_command(verify_host)
 main.add_command(firewall)
+main.add_command(vpn)
 for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS):
     main.add_command(command)
 

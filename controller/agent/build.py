@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from controller.agent import sysctls
-from controller.agent.firewall import ingress_table, leg_table
+from controller.agent.firewall import gateway_table, ingress_table, leg_table
 from controller.agent.gate import Controller, Gate
+from controller.agent.health import Watched
 from controller.agent.hosttable import HostTable, default_uplinks
+from controller.agent.keys import KeyStore
 from controller.agent.links import End, Interface, Namespace, Veth
 from controller.agent.netlink import Nets, Route
-from controller.agent.nft import NftTable
+from controller.agent.nft import TABLE, NftTable
 from controller.agent.ovs import Bridge, Ovsdb, Ports
-from controller.agent.resource import Resource
+from controller.agent.process import Programs
+from controller.agent.resource import Change, Resource
 from controller.agent.run import PREFIX
 from controller.agent.settings import Settings
 from controller.agent.sysctls import Sysctls
-from controller.hostmodel import WARP_MTU, Container, Datapath, HostState, Leg
+from controller.agent.vpn import Clients
+from controller.agent.wireguard import WgConfig, WireGuard, resolve, show
+from controller.hostmodel import WARP_MTU, Container, Datapath, HostState, Leg, VpnServer
 from controller.model import DesiredState, Mac, Member, Network, Role
+from controller.problems import BulkheadError
 
 NEXT_HOP = "169.254.0.1"
 """What a leg sends everything to that is for its bridge: an address nobody has, with one permanent neighbour. The flows
@@ -33,7 +41,33 @@ class Parts:
     nets: Nets
     ovsdb: Ovsdb
     controller: Controller
+    programs: Programs
     datapath: str
+
+    @property
+    def keys(self) -> KeyStore:
+        """Keys that the agent makes."""
+        return KeyStore(self.settings.state_dir / "keys")
+
+    @property
+    def clients(self) -> Clients:
+        """The VPN server's clients."""
+        return Clients(self.settings.state_dir / "vpn")
+
+
+class Broken:
+    """Something that cannot be made as the state file says; it says why, again and again, until that is mended."""
+
+    period = 1.0
+
+    def __init__(self, key: str, check: Callable[[], object]) -> None:
+        self.key = key
+        self.needs: tuple[str, ...] = ()
+        self._check = check
+
+    async def diff(self) -> list[Change]:
+        self._check()
+        return []
 
 
 def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
@@ -50,7 +84,7 @@ def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
         ports[other.bridge].append(other.name)
     for leg in host.legs:
         if leg.enabled:
-            out += _leg_links(state.network(leg.network), leg, parts)
+            out += _leg(state.network(leg.network), leg, parts)
             ports[leg.bridge].append(leg.port)
     wanted = [(network, member) for network in state.networks for member in network.members]
     containers = sorted(
@@ -70,6 +104,8 @@ def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
         out += _host_side(network, parts)
     for network, member, container in running:
         out += _container(network, member, container, parts)
+        if host.vpn is not None and host.vpn.container_id == member.id:
+            out += _vpn(network, host.vpn, parts)
     return out
 
 
@@ -106,9 +142,50 @@ def namespace_of(name: str) -> str:
     return f"{PREFIX}{name}"
 
 
-def _leg_links(network: Network, leg: Leg, parts: Parts) -> list[Resource]:
+def _leg(network: Network, leg: Leg, parts: Parts) -> list[Resource]:
+    try:
+        config = resolve(leg.tunnel, parts.keys)
+    except BulkheadError:
+        # Without its rules and addresses nothing of it is made; the rest of the host is.
+        return [Broken(f"leg/{leg.port}", lambda: resolve(leg.tunnel, parts.keys))]
+    return [*_leg_links(network, leg, config, parts), *_leg_tunnel(network, leg, config, parts)]
+
+
+def _leg_tunnel(network: Network, leg: Leg, config: WgConfig, parts: Parts) -> list[Resource]:
+    namespace, interface = namespace_of(leg.port), leg.tunnel.interface
+    if leg.role is Role.EGRESS:
+        routes: tuple[Route, ...] = (Route("default"),)
+    else:
+        # A prefix that holds our own is reached by the bridge: more precise ones lead to peers.
+        own = {str(prefix) for prefix in network.prefixes} | {"0.0.0.0/0"}
+        prefixes = (str(prefix) for peer in config.peers for prefix in peer.allowed)
+        routes = tuple(Route(prefix) for prefix in dict.fromkeys(prefixes) if prefix not in own)
+    rules = f"nft/{namespace}/inet/{TABLE}"
+    tunnel = WireGuard(
+        parts.nets,
+        parts.programs,
+        interface,
+        lambda: resolve(leg.tunnel, parts.keys),
+        namespace,
+        fixed=leg.role is Role.EGRESS,
+        needs=(f"namespace/{namespace}", rules),
+    )
+    addresses = tuple(f"{address}/{length}" for address, length in config.addresses)
+    up = Interface(
+        parts.nets,
+        namespace,
+        interface,
+        addresses=addresses,
+        routes=routes,
+        needs=(tunnel.key,),
+        exact=True,
+    )
+    return [tunnel, up]
+
+
+def _leg_links(network: Network, leg: Leg, config: WgConfig, parts: Parts) -> list[Resource]:
     namespace = namespace_of(leg.port)
-    addresses = tuple(address for address, _ in leg.tunnel.addresses)
+    addresses = tuple(address for address, _ in config.addresses)
     if leg.role is Role.EGRESS:
         assert network.egress is not None
         mac = network.egress.mac
@@ -171,3 +248,34 @@ def _container(network: Network, member: Member, container: Container, parts: Pa
         needs=(gate.key,),
     )
     return [gate, interface]
+
+
+def _vpn(network: Network, vpn: VpnServer, parts: Parts) -> list[Resource]:
+    """The VPN server, inside its container: its socket is there as well."""
+    namespace, interface = namespace_of(vpn.container_id), vpn.tunnel.interface
+    rules = NftTable("inet", gateway_table(vpn), parts.settings.own_dir, namespace, (f"namespace/{namespace}",))
+
+    def config() -> WgConfig:
+        return replace(resolve(vpn.tunnel, parts.keys), peers=parts.clients.peers())
+
+    inside = f"interface/{namespace}/eth0"
+    tunnel = WireGuard(
+        parts.nets, parts.programs, interface, config, namespace, socket_namespace=namespace, needs=(rules.key, inside)
+    )
+    addresses = tuple(f"{address}/{length}" for address, length in vpn.tunnel.addresses)
+    up = Interface(parts.nets, namespace, interface, addresses=addresses, needs=(tunnel.key,), exact=True)
+    return [rules, tunnel, up]
+
+
+def health(state: DesiredState, host: HostState, parts: Parts) -> list[Watched]:
+    """The tunnels whose state opens and closes an egress."""
+    out = []
+    for leg in host.legs:
+        if leg.role is Role.EGRESS and leg.enabled and leg.probe is not None:
+            namespace, interface = namespace_of(leg.port), leg.tunnel.interface
+            out.append(Watched(leg.network, namespace, interface, leg.probe, partial(_age, interface, namespace)))
+    return out
+
+
+async def _age(interface: str, namespace: str) -> float | None:
+    return min((peer.age_s for peer in await show(interface, namespace) if peer.age_s is not None), default=None)

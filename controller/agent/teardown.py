@@ -18,6 +18,7 @@ from controller.agent.links import our_links, our_namespaces, remove_link, remov
 from controller.agent.netlink import Nets
 from controller.agent.nft import TABLE, NftTable, listing
 from controller.agent.ovs import Ovsdb, choose_datapath, drop_ports, give_back
+from controller.agent.process import Programs
 from controller.agent.reconciler import plan
 from controller.agent.resource import Change, Resource, Sign, Step
 from controller.agent.settings import Settings
@@ -62,6 +63,13 @@ async def leftovers(parts: Parts, wanted: Sequence[Resource]) -> list[Resource]:
             if ours:
                 what = f"ports {' '.join(ours)} of {name}"
                 out.append(Leftover(f"ports/{name}", what, parts, _dropping(parts.ovsdb, name, ours)))
+    running = {f"process/{name}" for name in parts.programs.names()}
+    for key in sorted(running - keys):
+        name = key.removeprefix("process/")
+        device = name.removeprefix("wireguard-")
+        if name.startswith("wireguard-") and f"wireguard/{device}" in keys:
+            continue
+        out.append(Leftover(key, f"process {name}", parts, _stopping(parts, name)))
     ends = {key.removeprefix("veth/") for key in keys if key.startswith("veth/")}
     ends |= {end for resource in wanted for end in getattr(resource, "host_ends", ())}
     for link in await our_links(parts.nets):
@@ -92,6 +100,13 @@ def _dropping(ovsdb: Ovsdb, bridge: str, names: list[str]) -> Step:
     return do
 
 
+def _stopping(parts: Parts, name: str) -> Step:
+    async def do() -> None:
+        await parts.programs.stop(name)
+
+    return do
+
+
 def _unlinking(parts: Parts, name: str) -> Step:
     async def do() -> None:
         await remove_link(parts.nets, None, name)
@@ -112,7 +127,8 @@ async def _parts(settings: Settings, wanted_datapath: str = "auto") -> AsyncIter
     ovsdb = Ovsdb(settings.ovsdb)
     try:
         datapath = await choose_datapath(wanted_datapath, ovsdb)
-        yield Parts(settings, nets, ovsdb, Controller(settings.run_dir), datapath)
+        programs = Programs(settings.own_dir / "programs")
+        yield Parts(settings, nets, ovsdb, Controller(settings.run_dir), programs, datapath)
     finally:
         nets.close()
         await asyncio.to_thread(ovsdb.close)

@@ -151,7 +151,7 @@ class BareHost:
             "bridges": f"ovs-vsctl --db={self.ovs.db} --no-heading --columns=name,fail_mode,ports list bridge | "
             "sed 's/[0-9a-f-]\\{36\\}/id/g' | sort",
             "controllers": f"ovs-vsctl --db={self.ovs.db} --no-heading --columns=target list controller | sort",
-            "processes": "ps -e -o args= | grep -v -e 'ps -e' -e '^sh -ec' -e grep -e sort | sort",
+            "processes": "ps -e -o args= | grep -v -e 'ps -e' -e defunct -e '^sh -ec' -e grep -e sort | sort",
             "sysctls": "sysctl -a 2>/dev/null | grep -e forward -e rp_filter -e disable_ipv6 | grep -v -e '\\.mc_' | sort",
             "wireguard": "ls /run/wireguard",
         }
