@@ -3,7 +3,8 @@ for every driver.
 
 A container lives in `<lxc path>/<id>`: `config`, which is ours, `rootfs`, and `made.json`, which says what it was made
 from. It is made beside and moved there, so that a directory of that name is a whole one. Root in it is nobody on the
-host (a range of user ids for each), and has no rights over its network namespace. Imports hostmodel, model, resource, run.
+host (a range of user ids for each), and has no rights over its network namespace. Imports files, netns,
+resource, run.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from controller.agent.files import open_way, read, write
 from controller.agent.netns import in_namespace
 from controller.agent.resource import Change, Failed, Sign, Waiting
 from controller.agent.run import NETNS_DIR, PREFIX, call
@@ -193,7 +195,7 @@ class Lxc:
 
     async def start(self, container_id: str, rootfs: Path, namespace: str) -> None:
         """Start a container in a network namespace. Raises `Failed` with what LXC says."""
-        self._let_pass()
+        open_way(self.path, ours=2)  # LXC insists; what is in there is closed
         await asyncio.to_thread(in_namespace, NETNS_DIR / namespace, _open_ports)
         self._log_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         log = self._log_dir / f"{container_id}.log"
@@ -211,16 +213,6 @@ class Lxc:
             if not said:
                 raise
             raise Failed(f"container {container_id} does not start: {said}; everything it says is in {log}") from exc
-
-    def _let_pass(self) -> None:
-        """LXC insists that root in a container can pass through its path; what is in there is closed to it."""
-        for path in (self.path, self.path.parent):
-            mode = stat.S_IMODE(path.stat().st_mode)
-            if mode & 0o011 != 0o011:
-                path.chmod(mode | 0o011)
-        for path in self.path.parents:
-            if not path.stat().st_mode & 0o001:
-                raise Failed(f"{path} is closed to others, and root in a container has to pass; run: chmod o+x {path}")
 
     async def stop(self, container_id: str) -> None:
         """Stop a container, by force if it has not stopped in time."""
@@ -371,17 +363,13 @@ class LxcContainer:
         return "\n".join(lines) + "\n"
 
     def _config_differs(self) -> str:
-        try:
-            found = (self._directory / "config").read_text()
-        except FileNotFoundError:
+        found = read(self._directory / "config")
+        if found is None:
             return "missing"
         return "" if found == self.config() else "not as declared"
 
     async def _write_config(self) -> None:
-        path = self._directory / "config"
-        new = path.with_name("config.new")
-        new.write_text(self.config())
-        new.replace(path)
+        write(self._directory / "config", self.config())
 
     def _resolvers(self) -> str:
         search = [f"search {self._search}"] if self._search else []

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import subprocess
 import time
 from pathlib import Path
 
-import pytest
-
 from controller.agent.lxc import Init, Lxc, LxcContainer, first_id
-from controller.agent.resource import Failed, Resource, Waiting
+from controller.agent.resource import Resource, Waiting
 from controller.hostmodel import Container, Driver
 from controller.model import Ipv4, Mac, Member
 
