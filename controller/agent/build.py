@@ -8,23 +8,26 @@ from functools import partial
 from pathlib import Path
 
 from controller.agent import sysctls
+from controller.agent.etc import NETNS_ETC, TextFile, resolvers
 from controller.agent.firewall import gateway_table, ingress_table, leg_table
 from controller.agent.gate import Controller, Gate
 from controller.agent.health import Watched
 from controller.agent.hosttable import HostTable, default_uplinks
 from controller.agent.keys import KeyStore
 from controller.agent.links import End, Interface, Namespace, Veth
+from controller.agent.lxc import Lxc, LxcContainer
+from controller.agent.names import Names, dnsmasq_command
 from controller.agent.netlink import Nets, Route
 from controller.agent.nft import TABLE, NftTable
 from controller.agent.ovs import Bridge, Ovsdb, Ports
-from controller.agent.process import Programs
+from controller.agent.process import Kept, Process, Program, Programs
 from controller.agent.resource import Change, Resource
 from controller.agent.run import PREFIX
 from controller.agent.settings import Settings
 from controller.agent.sysctls import Sysctls
 from controller.agent.vpn import Clients
 from controller.agent.wireguard import WgConfig, WireGuard, resolve, show
-from controller.hostmodel import WARP_MTU, Container, Datapath, HostState, Leg, VpnServer
+from controller.hostmodel import WARP_MTU, Container, Datapath, Driver, HostState, Leg, VpnServer
 from controller.model import DesiredState, Mac, Member, Network, Role
 from controller.problems import BulkheadError
 
@@ -42,6 +45,7 @@ class Parts:
     ovsdb: Ovsdb
     controller: Controller
     programs: Programs
+    lxc: Lxc
     datapath: str
 
     @property
@@ -103,7 +107,7 @@ def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
     for network in state.networks:
         out += _host_side(network, parts)
     for network, member, container in running:
-        out += _container(network, member, container, parts)
+        out += _container(state, host, network, member, container, parts)
         if host.vpn is not None and host.vpn.container_id == member.id:
             out += _vpn(network, host.vpn, parts)
     return out
@@ -236,8 +240,11 @@ def _container_links(network: Network, member: Member, parts: Parts) -> list[Res
     ]
 
 
-def _container(network: Network, member: Member, container: Container, parts: Parts) -> list[Resource]:
+def _container(
+    state: DesiredState, host: HostState, network: Network, member: Member, container: Container, parts: Parts
+) -> list[Resource]:
     namespace = namespace_of(member.id)
+    zone = next((zone for zone in host.zones if zone.network == network.name), None)
     gate = Gate(parts.nets, parts.controller, network.bridge, member.port, namespace, (f"veth/{member.port}",))
     interface = Interface(
         parts.nets,
@@ -247,7 +254,22 @@ def _container(network: Network, member: Member, container: Container, parts: Pa
         routes=(Route("default", str(network.gateway)),),
         needs=(gate.key,),
     )
-    return [gate, interface]
+    out: list[Resource] = [gate, interface]
+    if container.dns:
+        out.append(TextFile(NETNS_ETC / namespace / "resolv.conf", resolvers(container, zone), (gate.key,)))
+    if zone is not None and zone.member_id == member.id:
+        directory = parts.settings.own_dir / "names"
+        command = dnsmasq_command(directory, zone)
+        runner = Kept(parts.programs, Program(f"names-{zone.network}", command, namespace))
+        out.append(Names(state, host, zone, directory, runner, needs=(interface.key,)))
+    if container.driver is Driver.LXC:
+        search = zone.domain if zone is not None else None
+        out.append(LxcContainer(parts.lxc, member, container, search=search, needs=(interface.key,)))
+    elif container.command:
+        # `ip netns exec` gives it /etc/netns/NAMESPACE/resolv.conf and its own /sys.
+        command = ("ip", "netns", "exec", namespace, *container.command)
+        out.append(Process(parts.programs, Program(f"container-{member.id}", command), (interface.key,)))
+    return out
 
 
 def _vpn(network: Network, vpn: VpnServer, parts: Parts) -> list[Resource]:
