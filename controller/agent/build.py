@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +28,7 @@ from controller.agent.settings import Settings
 from controller.agent.sysctls import Sysctls
 from controller.agent.vpn import Clients
 from controller.agent.wireguard import WgConfig, WireGuard, resolve, show
-from controller.hostmodel import WARP_MTU, Container, Datapath, Driver, HostState, Leg, VpnServer
+from controller.hostmodel import Container, Datapath, Driver, HostState, Leg, VpnServer
 from controller.model import DesiredState, Mac, Member, Network, Role
 from controller.problems import BulkheadError
 
@@ -96,8 +97,9 @@ def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
         key=lambda each: (each[2].order, len(each[1].id), each[1].id),
     )
     running = [each for each in containers if each[2].running]
+    mtus = {network.name: mtu_of(network, host, parts) for network in state.networks}
     for network, member, _ in running:
-        out += _container_links(network, member, parts)
+        out += _container_links(network, member, mtus[network.name], parts)
         ports[network.bridge].append(member.port)
     names = [name for of_bridge in ports.values() for name in of_bridge]
     if parts.datapath == Datapath.NETDEV:
@@ -224,14 +226,19 @@ def _other(network: Network) -> Mac:
     return Mac.derive(network.name, "bridge")
 
 
-def mtu_of(network: Network, host_mtu: int | None) -> int:
-    """What fits through the network's tunnel."""
-    return host_mtu or (WARP_MTU if network.egress is not None else 1500)
+def mtu_of(network: Network, host: HostState, parts: Parts) -> int:
+    """What fits through every tunnel of the network: a container that sends no more has nothing to find out."""
+    found = [1500]
+    for leg in host.legs:
+        if leg.network == network.name:
+            with contextlib.suppress(BulkheadError):  # it is told where the leg is made
+                found.append(resolve(leg.tunnel, parts.keys).mtu)
+    return min(found)
 
 
-def _container_links(network: Network, member: Member, parts: Parts) -> list[Resource]:
+def _container_links(network: Network, member: Member, mtu: int, parts: Parts) -> list[Resource]:
     namespace = namespace_of(member.id)
-    near, far = End(member.port), End("eth0", namespace, str(member.mac), mtu_of(network, None))
+    near, far = End(member.port), End("eth0", namespace, str(member.mac), mtu)
     forwards = network.vpn is not None and network.vpn.member_id == member.id
     return [
         Namespace(parts.nets, namespace),
