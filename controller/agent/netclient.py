@@ -67,9 +67,7 @@ class Netclient:
         out = []
         if not joined:
             read_token(self._client.token_file, self._client.server)
-            out.append(
-                Change(Sign.ADD, f"{self._port} in the mesh of {self._client.server}", "not joined", self._join)
-            )
+            out.append(Change(Sign.ADD, f"{self._port} in the mesh of {self._client.server}", "not joined", self._join))
             if runs:
                 out.append(Change(Sign.CHANGE, f"netclient of {self._port}", "it has joined anew", self._runner.stop))
         if not runs or not joined:
@@ -132,13 +130,15 @@ def read_token(path: Path, server: str) -> str:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as exc:
         raise Failed(f"token file {path} cannot be read: {exc.strerror}; put the enrolment key there") from exc
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise Failed(f"token file {path} is not a regular file")
         if found.st_mode & 0o077 or found.st_uid != os.geteuid():
             raise Failed(f"token file {path} can be read by others; run: chown root {path} && chmod 600 {path}")
-        data = file.read(16384).strip()
+        data = os.read(descriptor, 16384).strip()
+    finally:
+        os.close(descriptor)
     try:
         named = str(json.loads(base64.b64decode(data, validate=True))["server"])
         token = data.decode("ascii")

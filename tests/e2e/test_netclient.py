@@ -107,7 +107,7 @@ def test_a_token_file_is_only_root_s(tmp_path: Path) -> None:
         read_token(path, "api.example.org")
     path.write_text(token())
     path.chmod(0o644)
-    with pytest.raises(Failed, match="can be read by others; run: chown root .* chmod 600"):
+    with pytest.raises(Failed, match=r"can be read by others; run: chown root .* chmod 600"):
         read_token(path, "api.example.org")
     path.chmod(0o600)
     assert read_token(path, "api.example.org") == token()
