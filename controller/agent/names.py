@@ -37,7 +37,7 @@ def reverse_zones(prefix: Prefix) -> list[str]:
     octets = max(1, (prefix.length + 7) // 8)
     step = 1 << (32 - 8 * octets)
     first = prefix.address & ~(step - 1)
-    count = 1 << (8 * octets - prefix.length) if prefix.length else 256
+    count = 1 << (8 * octets - prefix.length)
     return [_reversed(Ipv4(first + index * step), octets) for index in range(count)]
 
 
@@ -73,7 +73,8 @@ def dnsmasq_hosts(state: DesiredState, host: HostState, zone: Zone) -> str:
 
 
 def _line(address: Ipv4, *names: str) -> str:
-    return f"{address} {' '.join(filter(_fits, names)).lower()}\n"
+    fitting = [name.lower() for name in names if _fits(name)]
+    return f"{address} {' '.join(fitting)}\n" if fitting else ""
 
 
 def _fits(name: str) -> bool:
