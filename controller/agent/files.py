@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and directories that others can pass through. Imports resource."""
+"""Files that are written as a whole or not at all, and directories that others can pass through. Imports resource."""
 
 from __future__ import annotations
 
@@ -10,24 +10,30 @@ from pathlib import Path
 from controller.agent.resource import Failed
 
 
-def read(path: Path) -> str | None:
-    """What is in a file; None where it is not there."""
-    try:
-        return path.read_text(errors="replace")
-    except FileNotFoundError:
-        return None
-
-
-def write(path: Path, text: str, mode: int = 0o644) -> None:
-    """Write a file as a whole or not at all; it never has another mode. Its name begins with a dot before."""
-    new = path.with_name(f".{path.name}.new")
+def write_atomically(path: Path, text: str, mode: int = 0o600) -> None:
+    """Put `text` at `path`; readers see the old or the new, whatever happens. The directory is made, for root alone."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     with contextlib.suppress(FileNotFoundError):
-        new.unlink()
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    with os.fdopen(descriptor, "w") as file:
-        os.fchmod(descriptor, mode)
-        file.write(text)
-    new.replace(path)
+        temporary.unlink()
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_or_none(path: Path) -> str | None:
+    """The text of a file, or None where there is no such file or it is not text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
+        return None
 
 
 def open_way(path: Path, ours: int = 1) -> None:

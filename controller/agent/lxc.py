@@ -21,7 +21,7 @@ from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from controller.agent.files import open_way, read, write
+from controller.agent.files import open_way, read_or_none, write_atomically
 from controller.agent.netns import in_namespace
 from controller.agent.resource import Change, Failed, Sign, Waiting
 from controller.agent.run import NETNS_DIR, PREFIX, call
@@ -363,13 +363,13 @@ class LxcContainer:
         return "\n".join(lines) + "\n"
 
     def _config_differs(self) -> str:
-        found = read(self._directory / "config")
+        found = read_or_none(self._directory / "config")
         if found is None:
             return "missing"
         return "" if found == self.config() else "not as declared"
 
     async def _write_config(self) -> None:
-        write(self._directory / "config", self.config())
+        write_atomically(self._directory / "config", self.config(), 0o644)
 
     def _resolvers(self) -> str:
         search = [f"search {self._search}"] if self._search else []

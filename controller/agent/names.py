@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from controller.agent.files import open_way, read, write
+from controller.agent.files import open_way, read_or_none, write_atomically
 from controller.agent.netns import in_namespace
 from controller.agent.resource import Change, Failed, Sign
 from controller.agent.run import NETNS_DIR, PREFIX
@@ -173,16 +173,16 @@ class Names:
         out = []
         if runs and why:
             out.append(Change(Sign.CHANGE, f"resolver {what}", why, self._runner.stop))
-        if read(self._conf_file) != self._conf:
+        if read_or_none(self._conf_file) != self._conf:
             out.append(Change(Sign.CHANGE, f"services and upstreams {what}", "not as declared", self._write_conf))
-        if read(self._hosts_file) != self._hosts:
+        if read_or_none(self._hosts_file) != self._hosts:
             out.append(Change(Sign.CHANGE, f"names {what}", "not as declared", self._write_hosts))
         if not runs or why:
             out.append(Change(Sign.ADD, f"resolver {what}", "it does not run" if not runs else why, self._start))
         return out
 
     def _why_stop(self) -> str:
-        if read(self._conf_file) != self._conf:
+        if read_or_none(self._conf_file) != self._conf:
             return "its configuration is not as declared"
         if not self._listens():
             return f"it does not listen on {self._zone.address} in {namespace_of(self._zone)}"
@@ -190,11 +190,11 @@ class Names:
 
     async def _write_conf(self) -> None:
         self._make_directories()
-        write(self._conf_file, self._conf)
+        write_atomically(self._conf_file, self._conf, 0o644)
 
     async def _write_hosts(self) -> None:
         self._make_directories()
-        write(self._hosts_file, self._hosts)
+        write_atomically(self._hosts_file, self._hosts, 0o644)
 
     def _make_directories(self) -> None:
         self._hosts_file.parent.mkdir(parents=True, exist_ok=True)

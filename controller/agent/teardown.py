@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from controller.agent.build import Parts, build
+from controller.agent.etc import NETNS_ETC, our_directories, remove_directory
 from controller.agent.gate import Controller
+from controller.agent.hosttable import HostTable
 from controller.agent.links import our_links, our_namespaces, remove_link, remove_namespace
+from controller.agent.lxc import Lxc
 from controller.agent.netlink import Nets
+from controller.agent.nft import TABLE, NftTable, listing
 from controller.agent.ovs import Ovsdb, choose_datapath, drop_ports, give_back
+from controller.agent.process import Programs
 from controller.agent.reconciler import plan
 from controller.agent.resource import Change, Resource, Sign, Step
 from controller.agent.settings import Settings
+from controller.agent.sysctls import restore
+from controller.hostmodel import HostState
+from controller.model import DesiredState
 from controller.problems import BulkheadError
 from controller.statefile import load
 
@@ -44,8 +53,9 @@ class Leftover:
         return [Change(Sign.REMOVE, self._what, "not in the state file any more", do)]
 
 
-async def leftovers(parts: Parts, wanted: Sequence[Resource]) -> list[Resource]:
-    """What is there of ours beside `wanted`, in the order in which it goes."""
+async def leftovers(parts: Parts, wanted: Sequence[Resource], *, keep: bool = False) -> list[Resource]:
+    """What is there of ours beside `wanted`, in the order in which it goes. With `keep` the files of LXC containers
+    stay."""
     keys = {resource.key for resource in wanted}
     out: list[Resource] = []
     for name, bridge in (await parts.ovsdb.bridges()).items():
@@ -56,11 +66,30 @@ async def leftovers(parts: Parts, wanted: Sequence[Resource]) -> list[Resource]:
             if ours:
                 what = f"ports {' '.join(ours)} of {name}"
                 out.append(Leftover(f"ports/{name}", what, parts, _dropping(parts.ovsdb, name, ours)))
+    running = {f"process/{name}" for name in parts.programs.names()}
+    for key in sorted(running - keys):
+        name = key.removeprefix("process/")
+        device = name.removeprefix("wireguard-")
+        if {f"wireguard/{device}", f"names/{name.removeprefix('names-')}"} & keys:
+            continue
+        out.append(Leftover(key, f"process {name}", parts, _stopping(parts, name)))
     ends = {key.removeprefix("veth/") for key in keys if key.startswith("veth/")}
     ends |= {end for resource in wanted for end in getattr(resource, "host_ends", ())}
     for link in await our_links(parts.nets):
         if link not in ends:
             out.append(Leftover(f"link/{link}", f"interface {link}", parts, _unlinking(parts, link)))
+    for family in ("netdev", "inet"):
+        if f"nft/{family}/{TABLE}" not in keys and await listing(family) is not None:
+            table = HostTable(DesiredState(), HostState(), parts.settings.own_dir)
+            step = table.remove if family == "inet" else NftTable(family, "", parts.settings.own_dir).remove
+            out.append(Leftover(f"nft/{family}", f"nftables table {family} {TABLE}", parts, step))
+    for container in parts.lxc.ids():
+        if f"lxc/{container}" not in keys and not (keep and await parts.lxc.init(container) is None):
+            what = f"LXC container {container}"
+            out.append(Leftover(f"lxc/{container}", what, parts, _unmaking(parts, container, keep=keep)))
+    for name in our_directories():
+        if f"file/{NETNS_ETC / name / 'resolv.conf'}" not in keys:
+            out.append(Leftover(f"file/{name}", f"directory {NETNS_ETC / name}", parts, _clearing(name)))
     for name in our_namespaces():
         if f"namespace/{name}" not in keys:
             out.append(Leftover(f"namespace/{name}", f"network namespace {name}", parts, _removing(parts, name)))
@@ -77,6 +106,27 @@ def _giving(ovsdb: Ovsdb, name: str) -> Step:
 def _dropping(ovsdb: Ovsdb, bridge: str, names: list[str]) -> Step:
     async def do() -> None:
         await drop_ports(ovsdb, bridge, names)
+
+    return do
+
+
+def _stopping(parts: Parts, name: str) -> Step:
+    async def do() -> None:
+        await parts.programs.stop(name)
+
+    return do
+
+
+def _unmaking(parts: Parts, container: str, *, keep: bool) -> Step:
+    async def do() -> None:
+        await (parts.lxc.stop if keep else parts.lxc.remove)(container)
+
+    return do
+
+
+def _clearing(name: str) -> Step:
+    async def do() -> None:
+        remove_directory(name)
 
     return do
 
@@ -101,7 +151,9 @@ async def _parts(settings: Settings, wanted_datapath: str = "auto") -> AsyncIter
     ovsdb = Ovsdb(settings.ovsdb)
     try:
         datapath = await choose_datapath(wanted_datapath, ovsdb)
-        yield Parts(settings, nets, ovsdb, Controller(settings.run_dir), datapath)
+        programs = Programs(settings.own_dir / "programs")
+        lxc = Lxc(settings.state_dir / "lxc", settings.own_dir / "lxc")
+        yield Parts(settings, nets, ovsdb, Controller(settings.run_dir), programs, lxc, datapath)
     finally:
         nets.close()
         await asyncio.to_thread(ovsdb.close)
@@ -125,11 +177,18 @@ async def take_down(settings: Settings, told: Callable[[str], None], *, purge: b
     """Take everything of ours away. Answers what could not be."""
     failures = []
     async with _parts(settings, "netdev") as parts:
-        for resource in await leftovers(parts, ()):
+        for resource in await leftovers(parts, (), keep=not purge):
             for change in await resource.diff():
                 try:
                     await change.do()
                     told(f"{change.sign} {change.what}")
                 except BulkheadError as exc:
                     failures.append(f"{change.what}: {exc}")
+        for text in restore(settings.state_dir):
+            told(f"~ {text}, as it was")
+    shutil.rmtree(settings.own_dir, ignore_errors=True)
+    if purge:
+        shutil.rmtree(settings.state_dir, ignore_errors=True)
+    with contextlib.suppress(OSError):  # the controller may have files there
+        settings.run_dir.rmdir()
     return failures
