@@ -14,7 +14,7 @@ import shutil
 import stat
 from pathlib import Path
 
-from controller.agent.files import write
+from controller.agent.files import write_atomically
 from controller.agent.resource import Change, Failed, Sign
 from controller.agent.run import PREFIX, call, environment
 from controller.agent.runner import Runner
@@ -93,7 +93,7 @@ class Netclient:
                 f"{self._port} has not joined {self._client.server}; is the server reachable from {self._namespace}, and "
                 f"the key in {self._client.token_file} still good?"
             )
-        write(self._home / "joined", f"{self._client.server}\n", 0o600)
+        write_atomically(self._home / "joined", f"{self._client.server}\n", 0o600)
 
     async def _start(self) -> None:
         self._make_directories()
