@@ -19,6 +19,7 @@ def write_atomically(path: Path, text: str, mode: int = 0o600) -> None:
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            os.fchmod(descriptor, mode)  # whatever the umask is: a resolver that runs as nobody has to read its names
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

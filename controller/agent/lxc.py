@@ -214,9 +214,21 @@ class Lxc:
                 raise
             raise Failed(f"container {container_id} does not start: {said}; everything it says is in {log}") from exc
 
-    async def stop(self, container_id: str) -> None:
-        """Stop a container, by force if it has not stopped in time."""
+    async def begin_stop(self, container_id: str) -> None:
+        """Stop a container, by force if it has not stopped in time; raises `Waiting` while it stops."""
         await self._work(container_id, "stopped", self._stop(container_id))
+
+    async def stop(self, container_id: str) -> None:
+        """The same, and wait until it has stopped."""
+        await self._abandon(container_id)
+        await self._stop(container_id)
+
+    async def _abandon(self, container_id: str) -> None:
+        """End what is being done to a container."""
+        job = self._jobs.pop(container_id, None)
+        if job is not None:
+            job[1].cancel()
+            await asyncio.gather(job[1], return_exceptions=True)
 
     async def _stop(self, container_id: str) -> None:
         if await self.init(container_id) is None:
@@ -230,10 +242,7 @@ class Lxc:
 
     async def remove(self, container_id: str) -> None:
         """Stop and remove a container; a root file system that was not made here stays. Waits until it is gone."""
-        job = self._jobs.pop(container_id, None)
-        if job is not None:
-            job[1].cancel()
-            await asyncio.gather(job[1], return_exceptions=True)
+        await self._abandon(container_id)
         await self._stop(container_id)
         new = self.path / ".new"
         new.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -322,7 +331,7 @@ class LxcContainer:
             await self._lxc.start(self._id, self._rootfs, self._namespace)
 
     async def _stop(self) -> None:
-        await self._lxc.stop(self._id)
+        await self._lxc.begin_stop(self._id)
 
     @property
     def _template(self) -> str:

@@ -2,7 +2,7 @@
 
 A name of one network does not exist in another, and neither is ever asked of an upstream. What changes with containers
 is in a hosts file that dnsmasq reads again by itself; services and upstreams need a new start. Imports files, netns,
-resource, run.
+resource, run, runner.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 from controller.agent.files import open_way, read_or_none, write_atomically
 from controller.agent.netns import in_namespace
 from controller.agent.resource import Change, Failed, Sign
 from controller.agent.run import NETNS_DIR, PREFIX
+from controller.agent.runner import Runner
 from controller.hostmodel import HostState, Zone
 from controller.model import DesiredState, Ipv4, Member, Network, Prefix
 
@@ -37,7 +37,7 @@ def reverse_zones(prefix: Prefix) -> list[str]:
     octets = max(1, (prefix.length + 7) // 8)
     step = 1 << (32 - 8 * octets)
     first = prefix.address & ~(step - 1)
-    count = 1 << (8 * octets - prefix.length) if prefix.length else 256
+    count = 1 << (8 * octets - prefix.length)
     return [_reversed(Ipv4(first + index * step), octets) for index in range(count)]
 
 
@@ -73,7 +73,8 @@ def dnsmasq_hosts(state: DesiredState, host: HostState, zone: Zone) -> str:
 
 
 def _line(address: Ipv4, *names: str) -> str:
-    return f"{address} {' '.join(filter(_fits, names)).lower()}\n"
+    fitting = [name.lower() for name in names if _fits(name)]
+    return f"{address} {' '.join(fitting)}\n" if fitting else ""
 
 
 def _fits(name: str) -> bool:
@@ -125,19 +126,6 @@ def _services(network: Network, host: HostState, zone: Zone) -> Iterator[str]:
 
 
 # The resolver.
-
-
-class Runner(Protocol):
-    """Whoever keeps the resolver's process."""
-
-    async def runs(self) -> bool:
-        """Whether it runs."""
-
-    async def start(self) -> None:
-        """Start it, if it does not run."""
-
-    async def stop(self) -> None:
-        """End it, if it runs; it has ended then."""
 
 
 def conf_path(directory: Path, zone: Zone) -> Path:
