@@ -61,13 +61,19 @@ def lab() -> None:
 
 @lab.command()
 @click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--mininet", is_flag=True, help="Only one node's bridges and controller, with simulated hosts, in Mininet."
+)
 @_run_dir
 @_json
 @_command
-def up(file: Path | None, run_dir: Path, as_json: bool) -> None:
-    """Build the network of a state FILE (default: the example of two networks) and start its controller."""
+def up(file: Path | None, mininet: bool, run_dir: Path, as_json: bool) -> None:
+    """Build the node of a state FILE (default: the example), a second one, and the world around them.
+
+    Each node has its own Open vSwitch, agent and controller; tunnels are real WireGuard.
+    """
     _catch_signals()
-    status = manager.up(file or places.example(), run_dir, progress=_quiet if as_json else _step)
+    status = manager.up(file or places.example(), run_dir, progress=_quiet if as_json else _step, nodes=not mininet)
     if as_json:
         _print_json(_as_dict(status))
         return

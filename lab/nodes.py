@@ -8,6 +8,7 @@ and RFC 3849 set aside for documentation. Imports the agent's keys, and readers 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def _tunnels(nodes: list[_Draft], droplet: dict[str, Any], warp: str) -> dict[st
     return out
 
 
-def _config(private_key: str, port: int, peers: list[tuple[str, str, str | None]]) -> str:
+def _config(private_key: str, port: int, peers: Sequence[tuple[str, str, str | None]]) -> str:
     lines = ["[Interface]", f"PrivateKey = {private_key}", f"ListenPort = {port}"]
     for key, allowed, endpoint in peers:
         lines += ["[Peer]", f"PublicKey = {key}", f"AllowedIPs = {allowed}", "PersistentKeepalive = 25"]
@@ -185,6 +186,7 @@ class _Draft:
         self.tree.setdefault("networking", {}).setdefault("firewall", firewall)
 
     def finish(self) -> Node:
+        state = loads(yaml.safe_dump(self.tree, sort_keys=False), self.name).state
         containers = tuple(
             {
                 "id": member.id,
@@ -194,7 +196,7 @@ class _Draft:
                 "address": str(member.address),
                 "services": [service.name for service in member.services],
             }
-            for network in self.state.networks
+            for network in state.networks
             for member in network.members
         )
         keys = {name: secret.reveal() for name, secret in self._secret.items()}
@@ -230,4 +232,4 @@ def _second(keys_dir: Path) -> _Draft:
             ]
         },
     }  # fmt: skip
-    return _Draft(SECOND, tree, loads(yaml.safe_dump(tree), SECOND).state, keys_dir, 1)
+    return _Draft(SECOND, tree, loads(yaml.safe_dump(tree, sort_keys=False), SECOND).state, keys_dir, 1)
