@@ -254,6 +254,9 @@ class WireGuard:
         net = await self._nets.get(self._socket_namespace)
         if await self._find(self._socket_namespace) is not None:
             return
+        if self._programs.record(self._program) is not None:  # without its device, or not so far yet
+            await self._start_userspace()
+            return
         try:
             await net.rtnl.link("add", ifname=self._interface, kind="wireguard", group=GROUP)
             return
