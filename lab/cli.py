@@ -127,16 +127,17 @@ def exec_command(host: str, command: tuple[str, ...], run_dir: Path) -> None:
 
 @lab.command()
 @click.option("--follow/--no-follow", default=True, show_default=True, help="Go on with the event log until Ctrl-C.")
+@click.option("--mininet", is_flag=True, help="In the lab of one node's bridges, in Mininet.")
 @_run_dir
 @_json
 @_command
-def demo(follow: bool, run_dir: Path, as_json: bool) -> None:
+def demo(follow: bool, mininet: bool, run_dir: Path, as_json: bool) -> None:
     """Start a lab, run the architecture's traffic examples in it, and show what passed and what was blocked.
 
     Exit 1 if anything is not as it must be. The lab is taken down at the end.
     """
     _catch_signals()
-    status = manager.up(places.example(), run_dir, progress=_quiet if as_json else _step)
+    status = manager.up(places.example(), run_dir, progress=_quiet if as_json else _step, nodes=not mininet)
     try:
         shown = _play(status, as_json)
         if follow and not as_json:
@@ -150,7 +151,7 @@ def demo(follow: bool, run_dir: Path, as_json: bool) -> None:
 
 
 def _play(status: Status, as_json: bool) -> list[examples.Shown]:
-    columns = examples.widths()
+    columns = examples.widths(examples.examples_of(status))
     shown = []
     if not as_json:
         click.echo(f"\n{click.style(examples.line(None, columns), bold=True)}")

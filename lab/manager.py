@@ -115,6 +115,11 @@ class Status:
     events: Path
     alive: dict[str, bool] = field(default_factory=dict)
 
+    @property
+    def has_nodes(self) -> bool:
+        """Whether it is a lab of whole nodes."""
+        return any(host.kind == "node" for host in self.hosts)
+
 
 def default_dir() -> Path:
     """The run directory where none is given."""
@@ -455,7 +460,7 @@ def find_host(lab: Status, name: str) -> LabHost | None:
     wanted = name.replace("_", "-")
     if wanted == "host":
         wanted = name = lab.node
-    if wanted == lab.node and not any(host.kind == "node" for host in lab.hosts):
+    if wanted == lab.node and not lab.has_nodes:
         return None
     for host in lab.hosts:
         if host.name == name:

@@ -96,7 +96,11 @@ def plan(state_file: Path, keys_dir: Path) -> World:
 
 
 def _tunnels(nodes: list[_Draft], droplet: dict[str, Any], warp: str) -> dict[str, dict[str, str]]:
-    clients = [(node.public("warp0"), f"172.16.0.{2 + index}/32", None) for index, node in enumerate(nodes)]
+    # The endpoint is somebody else's, and may send whatever it likes into a tunnel: here it can, into the first one.
+    clients = [
+        (node.public("warp0"), f"172.16.0.{2 + index}/32" + ("" if index else ", 10.0.0.0/24"), None)
+        for index, node in enumerate(nodes)
+    ]
     out = {"warp": {"wg0": _config(warp, WARP_PORT, clients)}, "droplet": {}}
     for mesh, port in (("privacy", PRIVACY_PORT), ("mgmt", MGMT_PORT)):
         peers = []

@@ -26,7 +26,7 @@ from lab.ovs import Here, LabError, Namespace, PrivateOvs, die_with_parent
 WATCH_S = 0.5
 OUTSIDERS = ("warp", "droplet", "laptop", "admin", "inet")
 _NODE = (
-    "mount --make-rprivate / && for d in /run/netns /run/wireguard /run/lxc; do mkdir -p $d && mount -t tmpfs own $d; done && "
+    "mount --make-rprivate / && mount -t sysfs own /sys && for d in /run/netns /run/wireguard /run/lxc; do mkdir -p $d && mount -t tmpfs own $d; done && "
     # /etc/netns is made by the agent: in a copy, since it must not be made on the host.
     "mkdir -p $1/etc && cp -a /etc/. $1/etc && mount --bind $1/etc /etc && echo ready && exec sleep infinity"
 )
@@ -135,7 +135,9 @@ class World:
             self._places["warp"],
             f"ip address add {nodes.EXIT}/32 dev lo",
             "ip link set warp-wg0 mtu 1280 up",
+            "ip address add 172.16.0.1/32 dev warp-wg0",
             "ip route add 172.16.0.0/24 dev warp-wg0",
+            "ip route add 10.0.0.0/24 dev warp-wg0",
             "sysctl -qw net.ipv4.ip_forward=1",
             "nft add table ip exit",
             "nft add chain ip exit post '{ type nat hook postrouting priority srcnat; }'",
@@ -172,7 +174,7 @@ class World:
             "root",
             "-x",
             "",
-            f"--address=/example.test/{nodes.INET}",
+            "--address=/example.test/1.2.3.4",
             "-8",
             "-",
         ]

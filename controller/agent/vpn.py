@@ -111,14 +111,18 @@ class Clients:
             write_atomically(self._path(name), json.dumps(record, indent=1) + "\n")
         return client, private
 
-    def remove(self, name: str) -> None:
-        """Forget a client. Raises `Refused`."""
+    def remove(self, name: str) -> str:
+        """Forget a client; answers its public key, nothing where its file is damaged. Raises `Refused`."""
         with self._locked():
             try:
+                key = ""
+                with contextlib.suppress(Failed):
+                    key = self._read(self._path(name)).public_key
                 self._path(name).unlink()
             except OSError as exc:
                 known = ", ".join(path.stem for path in self._paths()) or "none"
                 raise Refused(f"there is no client {name!r}; there are: {known}") from exc
+        return key
 
     def peers(self) -> tuple[WgPeer, ...]:
         """What the server's interface has to know: every client whose file is good. `all` tells of the others; they must
