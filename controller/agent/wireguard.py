@@ -266,9 +266,10 @@ class WireGuard:
         await self._start_userspace()
 
     async def _start_userspace(self) -> None:
+        answered = self._answered()  # asked first: ours has its record before it listens
         if self._programs.record(self._program) is not None:
             await self._programs.stop(self._program)  # it runs, and its device is gone: it will not make another
-        if self._answered():
+        elif answered:
             raise Failed(
                 f"another program answers on {self._socket} already; end it (fuser {self._socket}), or rename the port"
             )
