@@ -24,6 +24,7 @@ from controller.compile import BridgeCompiler, Compiled, Names, planned_ports
 from controller.eventread import Filter, follow, last_seq, read
 from controller.events import Kind, Record, encode
 from controller.eventverify import verify
+from controller.firewallcli import firewall
 from controller.hostcli import verify as verify_host
 from controller.model import BridgeKind, DesiredState
 from controller.pipeline import table_name
@@ -56,6 +57,7 @@ def main() -> None:
 
 main.add_command(lab)
 main.add_command(verify_host)
+main.add_command(firewall)
 for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS):
     main.add_command(command)
 
