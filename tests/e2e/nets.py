@@ -16,7 +16,7 @@ from lab.ovs import Namespace
 
 WAIT_S = 0.25
 """So long a packet that should not come is waited for; one that should, longer."""
-_LONG_S = 2.0
+_LONG_S = 5.0
 _FREEBIND, _TRANSPARENT = 15, 19
 
 
