@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,8 @@ from controller.agent.sysctls import Sysctls
 from controller.hostmodel import Firewall, HostState, VpnServer
 from controller.model import Ipv4, Role
 from controller.statefile import load
+from controller.verify.host.firewall import read_nft
+from controller.verify.host.nft import Packet, forward_dropped
 
 from .conftest import STATE_FILE
 from .nets import Net, eventually, maximum_segment, path_of
@@ -86,7 +89,12 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Net]:
         net.wire(("host", "vmbr0", ["2001:db8:a::1/64"]), ("gw", "eth0", ["10.0.0.100/24", "2001:db8:a::9/64"]))
         net.wire(("host", "vmbr1", ["10.1.0.1/24", "2001:db8:b::1/64"]), ("mgmt", "eth0", ["10.1.0.200/24", "2001:db8:b::9/64"]))  # fmt: skip
         net.ip("host", "route add default via 192.0.2.9", "route add 10.0.0.100 dev vmbr0")
-        net.ip("inet", "route add default via 192.0.2.1", "route add ::/0 via 2001:db8::1")
+        net.ip(
+            "inet",
+            "address add 10.0.0.102/32 dev lo",
+            "route add default via 192.0.2.1",
+            "route add ::/0 via 2001:db8::1",
+        )
         net.ip("lan", "route add default via 172.20.0.1")
         net.ip("gw", "route add default dev eth0", "route add ::/0 via 2001:db8:a::1")
         net.ip("mgmt", "route add default via 10.1.0.1", "route add ::/0 via 2001:db8:b::1")
@@ -299,7 +307,7 @@ def test_without_one_address_of_the_tunnel_the_egress_takes_the_interfaces(leg: 
         ("member", "10.0.0.102", "leg", "172.16.0.2"),
         ("member", "2001:db8:a::9", "leg", "2001:db8:a::1"),
         ("far", "203.0.113.5", "member", "10.0.0.102"),  # unasked
-        ("far", "10.0.0.100", "member", "10.0.0.102"),
+        ("far", "10.0.0.55", "member", "10.0.0.102"),
         ("far", "2001:db8:b::9", "member", "2001:db8:a::9"),
         ("far", "203.0.113.5", "leg", "172.16.0.2"),
         ("far", "2001:db8:b::9", "leg", "2001:db8:b::1"),
@@ -522,15 +530,61 @@ def test_counters_are_no_damage(place: Net, tmp_path: Path) -> None:
 
 
 def test_killed_between_loading_and_remembering_it_loads_again(place: Net, tmp_path: Path) -> None:
-    ours = table(place, "it", PLAIN, tmp_path)
+    table(place, "it", PLAIN, tmp_path)
     nft.kept_path(tmp_path, "inet", place.path("it")).write_text("{")
-    assert "not known" in settle(ours)[0]
+    assert "not known" in settle(NftTable("inet", PLAIN, tmp_path, place.path("it")))[0]
 
 
 def test_a_namespace_that_is_not_there_counts_as_missing(tmp_path: Path) -> None:
     gone = NftTable("inet", PLAIN, tmp_path, "bulkhead-nobody")
     assert missing(gone) == ["+ nftables table inet bulkhead in bulkhead-nobody: missing"]
     asyncio.run(gone.remove())
+
+
+def test_a_change_while_it_is_loaded_is_not_taken_for_wanted(
+    place: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = NftTable("inet", PLAIN, tmp_path, place.path("it"))
+    real, times = nft.call, 0
+
+    async def meddling(*command: str, **how: Any) -> str:
+        nonlocal times
+        said = await real(*command, **how)
+        times += "-f" in command
+        if "-f" in command and times == 1:
+            place.run("it", "nft", "insert rule inet bulkhead c accept")
+        return said
+
+    monkeypatch.setattr(nft, "call", meddling)
+    settle(ours)
+    assert (
+        times == 2
+        and " accept" not in (asyncio.run(nft.listing("inet", place.path("it"))) or "").split("policy")[1][8:]
+    )
+
+
+def test_a_new_namespace_of_the_old_name_is_looked_at_again(tmp_path: Path) -> None:
+    with Net("it") as first, Net("it") as second:
+        name = tmp_path / "name"
+        name.symlink_to(first.path("it"))
+        ours = NftTable("inet", PLAIN, tmp_path, str(name))
+        settle(ours)
+        name.unlink()
+        name.symlink_to(second.path("it"))
+        second.run("it", "nft", "add table inet other")
+        assert missing(ours)
+
+
+def test_the_networks_are_seen_to_be_apart(place: Net, tmp_path: Path) -> None:
+    """By `bulkhead verify`, which doubts whatever it does not know."""
+    for uplinks in (("up0",), ()):
+        table(place, "it", firewall.host_table(STATE, HOST, uplinks), tmp_path)
+        chains = read_nft(
+            place.run("it", "nft", "-j", "list", "ruleset"), place.run("it", "nft", "-t", "list", "ruleset")
+        )
+        for way in (("vmbr0", "vmbr1"), ("vmbr1", "vmbr0")):
+            for version in (4, 6):
+                assert forward_dropped(chains, Packet(*way, version, ())) == "inet bulkhead forward"
 
 
 def test_looking_is_quick(place: Net, tmp_path: Path) -> None:
