@@ -7,6 +7,7 @@ never a traceback. The controller's modules are imported by its own command only
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections import deque
 from datetime import datetime
@@ -33,6 +34,7 @@ from controller.proofcli import COMMANDS as PROOF_COMMANDS
 from controller.statefile import load
 from controller.terminal import (
     NO,
+    UNKNOWN,
     columns,
     events_dir_option,
     file_argument,
@@ -44,6 +46,7 @@ from controller.terminal import (
     say,
 )
 from controller.verify.gate import try_proof
+from controller.vpncli import vpn
 from lab.cli import lab
 
 OVSDB = "unix:/var/run/openvswitch/db.sock"
@@ -58,6 +61,7 @@ def main() -> None:
 main.add_command(lab)
 main.add_command(verify_host)
 main.add_command(firewall)
+main.add_command(vpn)
 for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS):
     main.add_command(command)
 
@@ -148,20 +152,48 @@ def _print_ofctl(compiled: Compiled, names: Names) -> None:
 @main.command()
 @file_argument
 @run_dir_option
+@agentcli.state_dir_option
+@agentcli.ovsdb_option
 @json_option
 @guarded
-def plan(file: Path, run_dir: Path, as_json: bool) -> None:
-    """Show what a state FILE would change in the switches; exit 1 if anything. Changes nothing."""
+def plan(file: Path, run_dir: Path, state_dir: Path, ovsdb: str, as_json: bool) -> None:
+    """Show what a state FILE would change on this host and in its switches; exit 1 if anything. Changes nothing.
+
+    The host's part needs root; the flows' part needs the running controller. What cannot be told is said.
+    """
     try_proof(load(file).state)  # every problem, before asking
-    reply = ask(run_dir, {"ask": "plan", "file": str(file.resolve())})
-    differs = any(bridge["changes"] for bridge in reply["bridges"])
+    host, no_host = _planned_host(file, run_dir, state_dir, ovsdb)
+    flows, no_flows = _planned_flows(file, run_dir)
     if as_json:
-        print_json(reply)
+        print_json({"host": host, "bridges": flows} | ({"unknown": list(filter(None, (no_host, no_flows)))}))
     else:
-        for bridge in reply["bridges"]:
+        if host is not None:
+            agentcli.print_plan(host)
+        for bridge in flows or ():
             _print_plan(bridge)
-    if differs:
+    for why in filter(None, (no_host, no_flows)):
+        say(f"bulkhead: {why}")
+    if host is None and flows is None:
+        sys.exit(UNKNOWN)
+    if host or any(bridge["changes"] for bridge in flows or ()):
         sys.exit(NO)
+
+
+def _planned_host(file: Path, run_dir: Path, state_dir: Path, ovsdb: str) -> tuple[list[dict[str, str]] | None, str]:
+    if os.geteuid() != 0:
+        return None, "the host's part of the plan needs root; run this with sudo"
+    try:
+        return agentcli.plan_host(file, run_dir, state_dir, ovsdb), ""
+    except BulkheadError as exc:
+        return None, f"the host's part of the plan cannot be told: {exc}"
+
+
+def _planned_flows(file: Path, run_dir: Path) -> tuple[list[dict[str, Any]] | None, str]:
+    try:
+        bridges: list[dict[str, Any]] = ask(run_dir, {"ask": "plan", "file": str(file.resolve())})["bridges"]
+    except BulkheadError as exc:
+        return None, f"the flows' part of the plan cannot be told: {exc}"
+    return bridges, ""
 
 
 def _print_plan(bridge: dict[str, Any]) -> None:
@@ -226,13 +258,18 @@ def controller(
 @json_option
 @guarded
 def status(run_dir: Path, as_json: bool) -> None:
-    """Show the running controller and its bridges; exit 1 if any is not as declared, leaks or is sealed."""
+    """Show the running controller and its bridges, and the agent's host; exit 1 if any is not as declared, leaks or is
+    sealed."""
     reply = ask(run_dir, {"ask": "status"})
+    host = agentcli.host_status(run_dir)
     good = all(b["phase"] == "steady" and not b["leaks"] and not b["sealed"] for b in reply["bridges"])
+    good = good and (host is None or host["settled"])
     if as_json:
-        print_json(reply)
+        print_json(reply | {"host": host})
     else:
         _print_status(reply)
+        if host is not None:
+            agentcli.print_host_status(host)
     if not good:
         sys.exit(NO)
 
@@ -313,6 +350,8 @@ def flows(bridges: tuple[str, ...], run_dir: Path, as_json: bool) -> None:
 @click.option("--container", "containers", multiple=True)
 @click.option("--bridge", "bridge_names", multiple=True)
 @click.option("--verify", "verifying", is_flag=True, help="Check numbers and hashes; exit 1 if any is wrong.")
+@click.option("--host", is_flag=True, help="The agent's log instead of the controller's: what it did to the host.")
+@agentcli.state_dir_option
 @json_option
 @guarded
 def events(
@@ -326,9 +365,13 @@ def events(
     containers: tuple[str, ...],
     bridge_names: tuple[str, ...],
     verifying: bool,
+    host: bool,
+    state_dir: Path,
     as_json: bool,
 ) -> None:
-    """Show the flow event log."""
+    """Show the flow event log, or with --host the agent's."""
+    if host:
+        events_dir = state_dir / "events"
     if verifying:
         _print_verdict(events_dir, as_json)
         return

@@ -6,6 +6,7 @@ Imports hostmodel, model, notes and stateschema.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -88,6 +89,13 @@ def derive_host(notes: Notes, spec: StateSpec, networks: Sequence[Network]) -> H
 # Legs.
 
 
+def device(port: str) -> str:
+    """The WireGuard interface behind a leg's port. It is made in the host's namespace, where the port has the port's
+    name already."""
+    name = f"wg-{port}"
+    return name if len(name) <= IFNAMSIZ else f"wg-{hashlib.sha256(port.encode()).hexdigest()[:12]}"
+
+
 def _legs(notes: Notes, spec: StateSpec, networks: Sequence[Network]) -> Iterator[Leg]:
     warp = spec.wireguard.warp_tunnel
     for network in networks:
@@ -104,7 +112,7 @@ def _legs(notes: Notes, spec: StateSpec, networks: Sequence[Network]) -> Iterato
                 for index, joined in enumerate(spec.netmaker.networks)
                 if joined.interface == network.mesh.leg_port
             ]
-            tunnel, netclient = Tunnel(network.mesh.leg_port, mtu=MTU_DEFAULT), None
+            tunnel, netclient = Tunnel(device(network.mesh.leg_port), mtu=MTU_DEFAULT), None
             if found:
                 tunnel, netclient = _mesh(notes, found[0][0], found[0][1], network)
             yield Leg(network.name, Role.MESH, network.mesh.bridge, network.mesh.leg_port, tunnel, netclient)
@@ -112,7 +120,7 @@ def _legs(notes: Notes, spec: StateSpec, networks: Sequence[Network]) -> Iterato
 
 def _warp(notes: Notes, warp: WarpTunnel | None, interface: str) -> Tunnel:
     if warp is None:
-        return Tunnel(interface, mtu=WARP_MTU)
+        return Tunnel(device(interface), mtu=WARP_MTU)
     path = "wireguard.warp_tunnel"
     if len(warp.peers) > 1:
         fix = "A kill switch needs to know the one endpoint that packets may go to; keep one peer."
@@ -121,7 +129,7 @@ def _warp(notes: Notes, warp: WarpTunnel | None, interface: str) -> Tunnel:
         fix = "Write the address and port that the tunnel is sent to."
         notes.error("missing-key", f"{path}.peers[0].endpoint", "nothing", "the endpoint of the tunnel", fix)
     return Tunnel(
-        interface,
+        device(interface),
         config=warp.config,
         private_key_file=warp.private_key_file,
         addresses=tuple(warp.addresses),
@@ -145,7 +153,7 @@ def _mesh(notes: Notes, path: str, joined: NetmakerNetwork, network: Network) ->
                 where = f"{path}.peers[{index}].allowed_ips"
                 notes.error("duplicate-address", where, str(prefix), "addresses of elsewhere", fix)
     tunnel = Tunnel(
-        joined.interface,
+        device(joined.interface),
         config=joined.config,
         private_key_file=joined.private_key_file,
         addresses=tuple(joined.addresses),

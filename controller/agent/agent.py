@@ -17,14 +17,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from controller.agent.build import Parts, build
+from controller.agent.build import Parts, build, health
+from controller.agent.files import write_atomically
 from controller.agent.gate import Controller
+from controller.agent.health import Health
 from controller.agent.netlink import Nets
 from controller.agent.ovs import Ovsdb, choose_datapath
+from controller.agent.process import Programs
 from controller.agent.reconciler import Done, Faults, Phase, Reconciler
 from controller.agent.resource import Failed
 from controller.agent.settings import Settings
 from controller.agent.teardown import leftovers
+from controller.agent.vpn import Clients
 from controller.eventlog import EventLog
 from controller.events import Event, Kind
 from controller.problems import BulkheadError, InvalidInput
@@ -48,6 +52,9 @@ class Agent:
         self.nets = Nets(self.reconciler.changed)
         self.ovsdb = Ovsdb(settings.ovsdb, self.reconciler.ovsdb_changed)
         self.controller = Controller(settings.run_dir)
+        self.programs = Programs(settings.own_dir / "programs")
+        self._clients: Clients | None = None
+        self._probes: list[asyncio.Future[None]] = []
         self.stop = asyncio.Event()
 
     async def run(self) -> None:
@@ -61,12 +68,13 @@ class Agent:
         self._tell(Kind.AGENT_STARTED, text)
         await self.nets.get(None)  # from here on nothing that happens in the host's namespace is missed
         await self._want()
-        tasks = [
+        tasks: list[asyncio.Future[None]] = [
             asyncio.ensure_future(job)
             for job in (self.reconciler.run(self.stop), self._follow_file(reload), self._publish())
         ]
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         self.stop.set()
+        tasks = [*tasks, *self._probes]
         for task in tasks:
             task.cancel()
         for result in await asyncio.gather(*tasks, return_exceptions=True):
@@ -91,17 +99,29 @@ class Agent:
                 await asyncio.sleep(0.5)
         else:
             return
-        parts = Parts(self._settings, self.nets, self.ovsdb, self.controller, datapath)
+        parts = Parts(self._settings, self.nets, self.ovsdb, self.controller, self.programs, datapath)
         resources = build(self._loaded.state, self._loaded.host, parts)
         self.reconciler.want([*await leftovers(parts, resources), *resources])
+        self._clients = parts.clients
+        for task in self._probes:
+            task.cancel()
+        watched = health(self._loaded.state, self._loaded.host, parts)
+        self._probes = [asyncio.ensure_future(Health(one, self.controller, self._tunnel).run()) for one in watched]
 
     # ------------------------------------------------------------------------------------------------- the state file
 
     async def _follow_file(self, reload: asyncio.Event) -> None:
         path = self._settings.state_file
         seen, before = _stamp(path), _stamp(path)
+        secrets, clients = self._secrets(), self._clients.stamp if self._clients is not None else ()
         while not self.stop.is_set():
             await asyncio.sleep(RELOAD_S)
+            if self._clients is not None and clients != (now_clients := self._clients.stamp):
+                clients = now_clients
+                self.reconciler.touch("wireguard/")
+            if secrets != (now_secrets := self._secrets()):
+                secrets = now_secrets
+                await self._want()
             now = _stamp(path)
             # A file that is still being written is read once it has stopped changing.
             if reload.is_set() or before == now != seen:
@@ -109,6 +129,13 @@ class Agent:
                 reload.clear()
                 await self._reload(path)
             before = now
+
+    def _secrets(self) -> list[tuple[int, int, int] | None]:
+        """Stamps of the files that the state file names: another configuration means other addresses and rules."""
+        tunnels = [leg.tunnel for leg in self._loaded.host.legs]
+        if self._loaded.host.vpn is not None:
+            tunnels.append(self._loaded.host.vpn.tunnel)
+        return [_stamp(path) for tunnel in tunnels for path in (tunnel.config, tunnel.private_key_file) if path]
 
     async def _reload(self, path: Path) -> None:
         try:
@@ -134,13 +161,19 @@ class Agent:
         verb = "healed" if done.again else "done"
         self._tell(kind, f"{verb}: {done.change}", done.key)
 
+    def _tunnel(self, network: str, up: bool, why: str) -> None:
+        if up:
+            self._tell(Kind.TUNNEL_UP, f"the tunnel of {network} carries traffic", network=network)
+        else:
+            self._tell(Kind.TUNNEL_DOWN, f"the tunnel of {network} carries no traffic: {why}", network=network)
+
     def _trouble(self, key: str, why: str) -> None:
         self._tell(Kind.HOST_ERROR, f"{key}: {why}", key)
 
-    def _tell(self, kind: Kind, text: str, key: str | None = None) -> None:
+    def _tell(self, kind: Kind, text: str, key: str | None = None, network: str | None = None) -> None:
         LOG.info("%s: %s", kind, text)
         try:
-            self._log.append(Event(kind, text, object=key))
+            self._log.append(Event(kind, text, object=key, network=network))
         except Exception as exc:  # a full disk must not keep the host from being healed
             LOG.error("an event was not written: %s", exc)
 
@@ -157,7 +190,7 @@ class Agent:
             if now != before:
                 before = now
                 with contextlib.suppress(OSError):
-                    write_file(path, json.dumps(now, indent=1))
+                    write_atomically(path, json.dumps(now, indent=1), 0o644)
             self._log.tick()
             await asyncio.sleep(0.05)
 
@@ -182,18 +215,6 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino
-
-
-def write_file(path: Path, text: str, mode: int = 0o644) -> None:
-    """Write a file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    with contextlib.suppress(FileNotFoundError):
-        new.unlink()
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-    new.replace(path)
 
 
 @contextlib.contextmanager

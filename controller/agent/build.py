@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
+from controller.agent import sysctls
+from controller.agent.firewall import gateway_table, ingress_table, leg_table
 from controller.agent.gate import Controller, Gate
+from controller.agent.health import Watched
+from controller.agent.hosttable import HostTable, default_uplinks
+from controller.agent.keys import KeyStore
 from controller.agent.links import End, Interface, Namespace, Veth
 from controller.agent.netlink import Nets, Route
+from controller.agent.nft import TABLE, NftTable
 from controller.agent.ovs import Bridge, Ovsdb, Ports
-from controller.agent.resource import Resource
+from controller.agent.process import Programs
+from controller.agent.resource import Change, Resource
 from controller.agent.run import PREFIX
 from controller.agent.settings import Settings
-from controller.hostmodel import WARP_MTU, Container, HostState, Leg
+from controller.agent.sysctls import Sysctls
+from controller.agent.vpn import Clients
+from controller.agent.wireguard import WgConfig, WireGuard, resolve, show
+from controller.hostmodel import WARP_MTU, Container, Datapath, HostState, Leg, VpnServer
 from controller.model import DesiredState, Mac, Member, Network, Role
+from controller.problems import BulkheadError
 
 NEXT_HOP = "169.254.0.1"
 """What a leg sends everything to that is for its bridge: an address nobody has, with one permanent neighbour. The flows
@@ -27,12 +41,39 @@ class Parts:
     nets: Nets
     ovsdb: Ovsdb
     controller: Controller
+    programs: Programs
     datapath: str
+
+    @property
+    def keys(self) -> KeyStore:
+        """Keys that the agent makes."""
+        return KeyStore(self.settings.state_dir / "keys")
+
+    @property
+    def clients(self) -> Clients:
+        """The VPN server's clients."""
+        return Clients(self.settings.state_dir / "vpn")
+
+
+class Broken:
+    """Something that cannot be made as the state file says; it says why, again and again, until that is mended."""
+
+    period = 1.0
+
+    def __init__(self, key: str, check: Callable[[], object]) -> None:
+        self.key = key
+        self.needs: tuple[str, ...] = ()
+        self._check = check
+
+    async def diff(self) -> list[Change]:
+        self._check()
+        return []
 
 
 def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
     """Every resource that the state asks for."""
-    out: list[Resource] = []
+    own_dir = parts.settings.own_dir
+    out: list[Resource] = [HostTable(state, host, own_dir)]
     ports: dict[str, list[str]] = {bridge.name: [] for bridge in state.bridges}
     for bridge in state.bridges:
         pinned = bridge.datapath_id if bridge.datapath_id is not None else int(Mac.derive("bridge", bridge.name))
@@ -43,7 +84,7 @@ def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
         ports[other.bridge].append(other.name)
     for leg in host.legs:
         if leg.enabled:
-            out += _leg_links(state.network(leg.network), leg, parts)
+            out += _leg(state.network(leg.network), leg, parts)
             ports[leg.bridge].append(leg.port)
     wanted = [(network, member) for network in state.networks for member in network.members]
     containers = sorted(
@@ -54,10 +95,42 @@ def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
     for network, member, _ in running:
         out += _container_links(network, member, parts)
         ports[network.bridge].append(member.port)
-    out += (Ports(parts.ovsdb, name, tuple(names)) for name, names in ports.items())
+    names = [name for of_bridge in ports.values() for name in of_bridge]
+    if parts.datapath == Datapath.NETDEV:
+        out.append(NftTable("netdev", lambda: ingress_table(name for name in names if _exists(name)), own_dir))
+    out.append(Sysctls(_host_settings(state, host, names), state_dir=parts.settings.state_dir))
+    out += (Ports(parts.ovsdb, name, tuple(of_bridge)) for name, of_bridge in ports.items())
+    for network in state.networks:
+        out += _host_side(network, parts)
     for network, member, container in running:
         out += _container(network, member, container, parts)
+        if host.vpn is not None and host.vpn.container_id == member.id:
+            out += _vpn(network, host.vpn, parts)
     return out
+
+
+def _exists(name: str) -> bool:
+    return Path("/sys/class/net", name).exists()
+
+
+def _host_settings(state: DesiredState, host: HostState, ports: list[str]) -> dict[str, str]:
+    wanted = sysctls.ports(ports) | sysctls.bridges(bridge.name for bridge in state.bridges)
+    for network in state.networks:
+        if network.vpn is not None:
+            wanted |= sysctls.host_vpn(host.uplinks or default_uplinks(), network.bridge)
+    return wanted
+
+
+def _host_side(network: Network, parts: Parts) -> list[Resource]:
+    """The host's own address on a bridge, and its way to the VPN server for clients that come in by an uplink."""
+    addresses = (f"{network.host}/{network.subnet.length}",) if network.host is not None else ()
+    routes: tuple[Route, ...] = ()
+    if network.vpn is not None and network.host is None:
+        routes = (Route(f"{network.member(network.vpn.member_id).address}/32"),)
+    if not addresses and not routes:
+        return []
+    needs = (f"bridge/{network.bridge}",)
+    return [Interface(parts.nets, None, network.bridge, addresses=addresses, routes=routes, needs=needs)]
 
 
 def _sums(parts: Parts) -> bool:
@@ -69,8 +142,50 @@ def namespace_of(name: str) -> str:
     return f"{PREFIX}{name}"
 
 
-def _leg_links(network: Network, leg: Leg, parts: Parts) -> list[Resource]:
+def _leg(network: Network, leg: Leg, parts: Parts) -> list[Resource]:
+    try:
+        config = resolve(leg.tunnel, parts.keys)
+    except BulkheadError:
+        # Without its rules and addresses nothing of it is made; the rest of the host is.
+        return [Broken(f"leg/{leg.port}", lambda: resolve(leg.tunnel, parts.keys))]
+    return [*_leg_links(network, leg, config, parts), *_leg_tunnel(network, leg, config, parts)]
+
+
+def _leg_tunnel(network: Network, leg: Leg, config: WgConfig, parts: Parts) -> list[Resource]:
+    namespace, interface = namespace_of(leg.port), leg.tunnel.interface
+    if leg.role is Role.EGRESS:
+        routes: tuple[Route, ...] = (Route("default"),)
+    else:
+        # A prefix that holds our own is reached by the bridge: more precise ones lead to peers.
+        own = {str(prefix) for prefix in network.prefixes} | {"0.0.0.0/0"}
+        prefixes = (str(prefix) for peer in config.peers for prefix in peer.allowed)
+        routes = tuple(Route(prefix) for prefix in dict.fromkeys(prefixes) if prefix not in own)
+    rules = f"nft/{namespace}/inet/{TABLE}"
+    tunnel = WireGuard(
+        parts.nets,
+        parts.programs,
+        interface,
+        lambda: resolve(leg.tunnel, parts.keys),
+        namespace,
+        fixed=leg.role is Role.EGRESS,
+        needs=(f"namespace/{namespace}", rules),
+    )
+    addresses = tuple(f"{address}/{length}" for address, length in config.addresses)
+    up = Interface(
+        parts.nets,
+        namespace,
+        interface,
+        addresses=addresses,
+        routes=routes,
+        needs=(tunnel.key,),
+        exact=True,
+    )
+    return [tunnel, up]
+
+
+def _leg_links(network: Network, leg: Leg, config: WgConfig, parts: Parts) -> list[Resource]:
     namespace = namespace_of(leg.port)
+    addresses = tuple(address for address, _ in config.addresses)
     if leg.role is Role.EGRESS:
         assert network.egress is not None
         mac = network.egress.mac
@@ -80,8 +195,12 @@ def _leg_links(network: Network, leg: Leg, parts: Parts) -> list[Resource]:
         mac = network.mesh.mac
         routes = (Route("default", NEXT_HOP),)
     near, far = End(leg.port), End("eth0", namespace, str(mac))
+    own = (f"namespace/{namespace}",)
+    # Rules come before anything that could carry a packet.
     return [
         Namespace(parts.nets, namespace),
+        NftTable("inet", leg_table(leg, network, tunnel_addresses=addresses), parts.settings.own_dir, namespace, own),
+        Sysctls(sysctls.leg(leg.tunnel.interface), namespace, needs=own),
         Veth(parts.nets, near, far, software_sums=_sums(parts)),
         Interface(
             parts.nets,
@@ -109,7 +228,12 @@ def mtu_of(network: Network, host_mtu: int | None) -> int:
 def _container_links(network: Network, member: Member, parts: Parts) -> list[Resource]:
     namespace = namespace_of(member.id)
     near, far = End(member.port), End("eth0", namespace, str(member.mac), mtu_of(network, None))
-    return [Namespace(parts.nets, namespace), Veth(parts.nets, near, far, software_sums=_sums(parts))]
+    forwards = network.vpn is not None and network.vpn.member_id == member.id
+    return [
+        Namespace(parts.nets, namespace),
+        Sysctls(sysctls.container(forwards=forwards), namespace, needs=(f"namespace/{namespace}",)),
+        Veth(parts.nets, near, far, software_sums=_sums(parts)),
+    ]
 
 
 def _container(network: Network, member: Member, container: Container, parts: Parts) -> list[Resource]:
@@ -124,3 +248,34 @@ def _container(network: Network, member: Member, container: Container, parts: Pa
         needs=(gate.key,),
     )
     return [gate, interface]
+
+
+def _vpn(network: Network, vpn: VpnServer, parts: Parts) -> list[Resource]:
+    """The VPN server, inside its container: its socket is there as well."""
+    namespace, interface = namespace_of(vpn.container_id), vpn.tunnel.interface
+    rules = NftTable("inet", gateway_table(vpn), parts.settings.own_dir, namespace, (f"namespace/{namespace}",))
+
+    def config() -> WgConfig:
+        return replace(resolve(vpn.tunnel, parts.keys), peers=parts.clients.peers())
+
+    inside = f"interface/{namespace}/eth0"
+    tunnel = WireGuard(
+        parts.nets, parts.programs, interface, config, namespace, socket_namespace=namespace, needs=(rules.key, inside)
+    )
+    addresses = tuple(f"{address}/{length}" for address, length in vpn.tunnel.addresses)
+    up = Interface(parts.nets, namespace, interface, addresses=addresses, needs=(tunnel.key,), exact=True)
+    return [rules, tunnel, up]
+
+
+def health(state: DesiredState, host: HostState, parts: Parts) -> list[Watched]:
+    """The tunnels whose state opens and closes an egress."""
+    out = []
+    for leg in host.legs:
+        if leg.role is Role.EGRESS and leg.enabled and leg.probe is not None:
+            namespace, interface = namespace_of(leg.port), leg.tunnel.interface
+            out.append(Watched(leg.network, namespace, interface, leg.probe, partial(_age, interface, namespace)))
+    return out
+
+
+async def _age(interface: str, namespace: str) -> float | None:
+    return min((peer.age_s for peer in await show(interface, namespace) if peer.age_s is not None), default=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -313,7 +314,7 @@ class Interface:
     def _route(self, verb: str, route: Route) -> Step:
         async def do() -> None:
             link, net = await self._there()
-            what: dict[str, object] = {"dst": route.prefix, "oif": link.index}
+            what: dict[str, object] = {"family": socket.AF_INET, "dst": route.prefix, "oif": link.index}
             if route.via is not None:
                 what |= {"gateway": route.via, "flags": 4}  # RTNH_F_ONLINK: the next hop needs no address of its own
             else:

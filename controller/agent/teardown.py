@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from controller.agent.build import Parts, build
 from controller.agent.gate import Controller
+from controller.agent.hosttable import HostTable
 from controller.agent.links import our_links, our_namespaces, remove_link, remove_namespace
 from controller.agent.netlink import Nets
+from controller.agent.nft import TABLE, NftTable, listing
 from controller.agent.ovs import Ovsdb, choose_datapath, drop_ports, give_back
+from controller.agent.process import Programs
 from controller.agent.reconciler import plan
 from controller.agent.resource import Change, Resource, Sign, Step
 from controller.agent.settings import Settings
+from controller.agent.sysctls import restore
+from controller.hostmodel import HostState
+from controller.model import DesiredState
 from controller.problems import BulkheadError
 from controller.statefile import load
 
@@ -56,11 +63,23 @@ async def leftovers(parts: Parts, wanted: Sequence[Resource]) -> list[Resource]:
             if ours:
                 what = f"ports {' '.join(ours)} of {name}"
                 out.append(Leftover(f"ports/{name}", what, parts, _dropping(parts.ovsdb, name, ours)))
+    running = {f"process/{name}" for name in parts.programs.names()}
+    for key in sorted(running - keys):
+        name = key.removeprefix("process/")
+        device = name.removeprefix("wireguard-")
+        if name.startswith("wireguard-") and f"wireguard/{device}" in keys:
+            continue
+        out.append(Leftover(key, f"process {name}", parts, _stopping(parts, name)))
     ends = {key.removeprefix("veth/") for key in keys if key.startswith("veth/")}
     ends |= {end for resource in wanted for end in getattr(resource, "host_ends", ())}
     for link in await our_links(parts.nets):
         if link not in ends:
             out.append(Leftover(f"link/{link}", f"interface {link}", parts, _unlinking(parts, link)))
+    for family in ("netdev", "inet"):
+        if f"nft/{family}/{TABLE}" not in keys and await listing(family) is not None:
+            table = HostTable(DesiredState(), HostState(), parts.settings.own_dir)
+            step = table.remove if family == "inet" else NftTable(family, "", parts.settings.own_dir).remove
+            out.append(Leftover(f"nft/{family}", f"nftables table {family} {TABLE}", parts, step))
     for name in our_namespaces():
         if f"namespace/{name}" not in keys:
             out.append(Leftover(f"namespace/{name}", f"network namespace {name}", parts, _removing(parts, name)))
@@ -77,6 +96,13 @@ def _giving(ovsdb: Ovsdb, name: str) -> Step:
 def _dropping(ovsdb: Ovsdb, bridge: str, names: list[str]) -> Step:
     async def do() -> None:
         await drop_ports(ovsdb, bridge, names)
+
+    return do
+
+
+def _stopping(parts: Parts, name: str) -> Step:
+    async def do() -> None:
+        await parts.programs.stop(name)
 
     return do
 
@@ -101,7 +127,8 @@ async def _parts(settings: Settings, wanted_datapath: str = "auto") -> AsyncIter
     ovsdb = Ovsdb(settings.ovsdb)
     try:
         datapath = await choose_datapath(wanted_datapath, ovsdb)
-        yield Parts(settings, nets, ovsdb, Controller(settings.run_dir), datapath)
+        programs = Programs(settings.own_dir / "programs")
+        yield Parts(settings, nets, ovsdb, Controller(settings.run_dir), programs, datapath)
     finally:
         nets.close()
         await asyncio.to_thread(ovsdb.close)
@@ -132,4 +159,11 @@ async def take_down(settings: Settings, told: Callable[[str], None], *, purge: b
                     told(f"{change.sign} {change.what}")
                 except BulkheadError as exc:
                     failures.append(f"{change.what}: {exc}")
+        for text in restore(settings.state_dir):
+            told(f"~ {text}, as it was")
+    shutil.rmtree(settings.own_dir, ignore_errors=True)
+    if purge:
+        shutil.rmtree(settings.state_dir, ignore_errors=True)
+    with contextlib.suppress(OSError):  # the controller may have files there
+        settings.run_dir.rmdir()
     return failures

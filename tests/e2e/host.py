@@ -22,7 +22,7 @@ from lab.ovs import Here, LabError, PrivateOvs, die_with_parent
 from .conftest import STATE_FILE
 
 ROOT = Path(__file__).parents[2]
-_READY = "mount -t tmpfs own /run && mkdir /run/netns /run/wireguard && echo ready && exec sleep infinity"
+_READY = "mount -t tmpfs own /run && mkdir /run/netns /run/wireguard && {more} echo ready && exec sleep infinity"
 _SERVE = """
 import json, sys
 from click.testing import CliRunner
@@ -42,12 +42,16 @@ class Answer(NamedTuple):
 
 
 class Machine(Here):
-    """Namespaces for network, mounts and process ids, that live as long as their first process."""
+    """Namespaces for network, mounts and process ids, that live as long as their first process.
 
-    def __init__(self) -> None:
+    /run is its own, and so are `private` directories.
+    """
+
+    def __init__(self, *private: str) -> None:
+        more = "".join(f"mkdir -p {path} && mount -t tmpfs own {path} && " for path in private)
         unshare = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
         self._holder = subprocess.Popen(
-            [*unshare, "sh", "-c", _READY],
+            [*unshare, "sh", "-c", _READY.format(more=more)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             text=True,

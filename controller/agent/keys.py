@@ -1,0 +1,85 @@
+"""Secrets: WireGuard keys in files that only root reads, and a type that never shows what it holds. Imports files,
+resource."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from controller.agent.files import read_or_none, write_atomically
+from controller.agent.resource import Failed
+
+_KEY = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
+
+
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """A key. `reveal` is the only way to it; it prints as nothing."""
+
+    _text: str = field(repr=False)
+
+    def reveal(self) -> str:
+        """The key itself."""
+        return self._text
+
+    def __str__(self) -> str:
+        return "(secret)"
+
+
+def is_key(text: str) -> bool:
+    """Whether it is a WireGuard key: 32 bytes in base64."""
+    return _KEY.fullmatch(text) is not None
+
+
+def new_private_key() -> Secret:
+    """A Curve25519 private key, clamped as WireGuard stores it (RFC 7748, section 5)."""
+    key = bytearray(os.urandom(32))
+    key[0] &= 248
+    key[31] = (key[31] & 127) | 64
+    return Secret(base64.b64encode(key).decode())
+
+
+def new_shared_key() -> Secret:
+    """A pre-shared key."""
+    return Secret(base64.b64encode(os.urandom(32)).decode())
+
+
+def read_secret_file(path: Path, what: str) -> str:
+    """The text of a file that nobody but its owner may read. Raises `Failed`."""
+    try:
+        mode = path.stat().st_mode & 0o777
+    except OSError as exc:
+        raise Failed(
+            f"{what} {path} cannot be read: {exc.strerror}; create it, mode 600, or mend the state file"
+        ) from exc
+    if mode & 0o077:
+        raise Failed(f"{what} {path} may be read by others (mode {mode:o}); make it private: chmod 600 {path}")
+    text = read_or_none(path)
+    if text is None:
+        raise Failed(f"{what} {path} is not a text file; write the key there in base64")
+    return text
+
+
+def read_key(path: Path, what: str) -> Secret:
+    """The key in a file. Raises `Failed`."""
+    text = read_secret_file(path, what).strip()
+    if not is_key(text):
+        raise Failed(f"{what} {path} holds no WireGuard key (44 characters of base64); make one: wg genkey > {path}")
+    return Secret(text)
+
+
+class KeyStore:
+    """Keys that the agent makes itself, each by its name, in a directory of mode 700."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def private_key(self, name: str) -> Secret:
+        """The key of that name; made at the first use. Raises `Failed` if what is kept is damaged."""
+        path = self._directory / f"{name}.key"
+        if not path.exists():
+            write_atomically(path, new_private_key().reveal() + "\n")
+        return read_key(path, "the private key")

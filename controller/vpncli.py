@@ -1,0 +1,160 @@
+"""`bulkhead vpn`: who may connect to the VPN server of a state file. Imports the agent's vpn, late."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from controller.agentcli import state_dir_option
+from controller.hostmodel import Endpoint, VpnServer
+from controller.problems import BulkheadError
+from controller.statefile import load
+from controller.terminal import NO, columns, file_argument, guarded, json_option, print_grid, print_json, say
+
+if TYPE_CHECKING:
+    from controller.agent.wireguard import PeerStatus
+
+
+@click.group()
+def vpn() -> None:
+    """Add, list and remove clients of the VPN server. Root. A running agent takes them over within a second."""
+
+
+def _server(file: Path) -> VpnServer:
+    if os.geteuid() != 0:
+        raise BulkheadError("VPN clients have keys that only root may read; run it with sudo")
+    server = load(file).host.vpn
+    if server is None:
+        raise BulkheadError(f"{file} has no VPN server; declare one under wireguard.vpn_server")
+    return server
+
+
+@vpn.command()
+@file_argument
+@click.argument("name")
+@click.option("--endpoint", help="HOST:PORT that the client dials (default: wireguard.vpn_server.endpoint).")
+@click.option("--qr/--no-qr", default=None, help="A QR code for phones (default: on a terminal).")
+@state_dir_option
+@json_option
+@guarded
+def add(file: Path, name: str, endpoint: str | None, qr: bool | None, state_dir: Path, as_json: bool) -> None:
+    """Make a client NAME of the VPN server of FILE, and print its configuration in wg-quick's style.
+
+    The configuration holds the client's private key. It is shown this once and not kept.
+    """
+    from controller.agent.keys import KeyStore
+    from controller.agent.vpn import Clients, Refused, configuration
+
+    server = _server(file)
+    dialled = _endpoint(endpoint) if endpoint is not None else server.endpoint
+    if dialled is None:
+        raise BulkheadError("nobody says where clients connect to; give --endpoint HOST:PORT, or write it in the file")
+    try:
+        client, private = Clients(state_dir / "vpn").add(name, server.pool)
+    except Refused as exc:
+        say(f"bulkhead: {exc}")
+        sys.exit(NO)
+    text = configuration(client, private, server, dialled, KeyStore(state_dir / "keys"))
+    if as_json:
+        print_json({"name": client.name, "address": str(client.address), "configuration": text})
+        return
+    say(f"client {client.name} has address {client.address}; this is shown once, the private key is not kept:")
+    click.echo(text)
+    if qr if qr is not None else sys.stdout.isatty():
+        import segno
+
+        segno.make(text, error="l").terminal(compact=True)
+
+
+def _endpoint(text: str) -> Endpoint:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise BulkheadError(f"--endpoint {text!r} is not HOST:PORT, such as vpn.example.org:51820")
+    return Endpoint(host, int(port))
+
+
+@vpn.command("list")
+@file_argument
+@state_dir_option
+@json_option
+@guarded
+def list_clients(file: Path, state_dir: Path, as_json: bool) -> None:
+    """List the clients of the VPN server of FILE, with their last handshake and traffic."""
+    from controller.agent.vpn import Clients
+
+    server = _server(file)
+    status = asyncio.run(_status(server))
+    rows: list[dict[str, Any]] = []
+    for client in Clients(state_dir / "vpn").all():
+        seen = (status or {}).get(client.public_key)
+        rows.append(
+            {
+                "name": client.name,
+                "address": str(client.address),
+                "added": client.added,
+                "connected": seen is not None,
+                "endpoint": seen.endpoint if seen is not None else "",
+                "handshake_age_s": round(seen.age_s, 1) if seen is not None and seen.age_s is not None else None,
+                "received": seen.received if seen is not None else 0,
+                "sent": seen.sent if seen is not None else 0,
+            }
+        )
+    if as_json:
+        print_json(rows)
+        return
+    grid = columns("NAME", "ADDRESS", "LAST HANDSHAKE", "RECEIVED", "SENT", "FROM")
+    for row in rows:
+        age = row["handshake_age_s"]
+        when = "never" if age is None else f"{age:.0f} s ago"
+        grid.add_row(row["name"], row["address"], when, _bytes(row["received"]), _bytes(row["sent"]), row["endpoint"])
+    print_grid(grid)
+    if status is None:
+        say("the VPN server does not run, so nothing is known of their traffic; see: bulkhead status")
+
+
+async def _status(server: VpnServer) -> dict[str, PeerStatus] | None:
+    from controller.agent.build import namespace_of
+    from controller.agent.wireguard import show
+
+    try:
+        return {
+            peer.public_key: peer for peer in await show(server.tunnel.interface, namespace_of(server.container_id))
+        }
+    except BulkheadError:
+        return None
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+@vpn.command()
+@file_argument
+@click.argument("name")
+@state_dir_option
+@json_option
+@guarded
+def remove(file: Path, name: str, state_dir: Path, as_json: bool) -> None:
+    """Remove client NAME: it cannot connect any more, and its address is free."""
+    from controller.agent.vpn import Clients, Refused
+
+    _server(file)
+    try:
+        Clients(state_dir / "vpn").remove(name)
+    except Refused as exc:
+        say(f"bulkhead: {exc}")
+        sys.exit(NO)
+    if as_json:
+        print_json({"name": name, "removed": True})
+    else:
+        click.echo(f"client {name} is removed")
