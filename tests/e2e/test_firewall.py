@@ -748,6 +748,14 @@ def test_what_nobody_confirms_is_rolled_back_and_the_agent_does_not_load_it_agai
     assert desk.agent("other") == ""
 
 
+def test_the_roll_back_comes_in_whatever_surroundings(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    for _ in range(3):
+        assert desk("apply", str(desk.file), "--confirm", "1").returncode == 0
+        assert eventually(lambda: desk.listing() is None and not trial.pending(desk.own))
+
+
 def test_rollback_ends_a_trial_at_once(desk: Desk) -> None:
     assert desk("rollback").returncode == 2
     assert desk("apply", str(desk.file), "--confirm", "60").returncode == 0
