@@ -42,7 +42,13 @@ state_dir_option = click.option(
     envvar="BULKHEAD_STATE_DIR",
     help="Where the agent keeps keys, VPN clients and containers.",
 )
-ovsdb_option = click.option("--ovsdb", default=OVSDB, show_default=True, help="Where Open vSwitch's database listens.")
+ovsdb_option = click.option(
+    "--ovsdb",
+    default=OVSDB,
+    show_default=True,
+    envvar="BULKHEAD_OVSDB",
+    help="Where Open vSwitch's database listens.",
+)
 controller_option = click.option(
     "--controller", default=CONTROLLER, show_default=True, help="What the bridges are pointed at."
 )

@@ -198,6 +198,10 @@ def _any_address(value: object) -> tuple[Ipv4, int]:
     return address, prefix.length
 
 
+def _allowed(value: object) -> Prefix:
+    return Prefix(Ipv4(0), 0) if value == "0.0.0.0/0" else _prefix(value)
+
+
 def _domain(value: object) -> str:
     text = _text(value)
     if len(text) > 253 or not all(_LABEL.fullmatch(part) for part in text.split(".")):
@@ -248,6 +252,7 @@ WireguardKey = Annotated[str, *_notation(_wireguard_key, _WG_KEY.pattern)]
 EndpointText = Annotated[Endpoint, *_notation(_endpoint, _ENDPOINT.pattern)]
 FilePath = Annotated[Path, *_notation(_file, "/.*")]
 AnyAddress = Annotated[tuple[Ipv4, int], *_notation(_any_address, None)]
+AllowedCidr = Annotated[Prefix, *_notation(_allowed, _CIDR.pattern)]
 Domain = Annotated[str, *_notation(_domain, None, maxLength=253)]
 
 
@@ -261,7 +266,7 @@ class PeerSpec(_Spec):
     """A WireGuard peer. Keys are base64; `endpoint` is HOST:PORT."""
 
     public_key: WireguardKey
-    allowed_ips: list[Cidr]
+    allowed_ips: list[AllowedCidr]
     endpoint: EndpointText | None = None
     persistent_keepalive: Annotated[int, Field(ge=0, le=65535)] = 0
     preshared_key_file: FilePath | None = None

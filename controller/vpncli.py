@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from controller.terminal import NO, columns, file_argument, guarded, json_option
 
 if TYPE_CHECKING:
     from controller.agent.wireguard import PeerStatus
+
+TAKEN_S = 3.0
 
 
 @click.group()
@@ -60,9 +63,12 @@ def add(file: Path, name: str, endpoint: str | None, qr: bool | None, state_dir:
         say(f"bulkhead: {exc}")
         sys.exit(NO)
     text = configuration(client, private, server, dialled, KeyStore(state_dir / "keys"))
+    taken = asyncio.run(_taken_over(server, client.public_key, there=True))
     if as_json:
-        print_json({"name": client.name, "address": str(client.address), "configuration": text})
+        print_json({"name": client.name, "address": str(client.address), "active": taken, "configuration": text})
         return
+    if not taken:
+        say("the VPN server does not know it yet; it will once the agent runs: bulkhead status")
     say(f"client {client.name} has address {client.address}; this is shown once, the private key is not kept:")
     click.echo(text)
     if qr if qr is not None else sys.stdout.isatty():
@@ -129,6 +135,20 @@ async def _status(server: VpnServer) -> dict[str, PeerStatus] | None:
         return None
 
 
+async def _taken_over(server: VpnServer, key: str, *, there: bool) -> bool:
+    """Whether the running server knows a client, or knows it no more, as the agent has it within a second."""
+    deadline = time.monotonic() + TAKEN_S
+    while True:
+        status = await _status(server)
+        if status is None:
+            return not there
+        if (key in status) == there:
+            return True
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(0.05)
+
+
 def _bytes(count: int) -> str:
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -148,13 +168,16 @@ def remove(file: Path, name: str, state_dir: Path, as_json: bool) -> None:
     """Remove client NAME: it cannot connect any more, and its address is free."""
     from controller.agent.vpn import Clients, Refused
 
-    _server(file)
+    server = _server(file)
     try:
-        Clients(state_dir / "vpn").remove(name)
+        key = Clients(state_dir / "vpn").remove(name)
     except Refused as exc:
         say(f"bulkhead: {exc}")
         sys.exit(NO)
+    cut_off = asyncio.run(_taken_over(server, key, there=False))
     if as_json:
-        print_json({"name": name, "removed": True})
-    else:
-        click.echo(f"client {name} is removed")
+        print_json({"name": name, "removed": True, "cut_off": cut_off})
+        return
+    click.echo(f"client {name} is removed" + (" and cut off" if cut_off else ""))
+    if not cut_off:
+        say("the VPN server still knows it; it will forget it once the agent runs: bulkhead status")

@@ -61,13 +61,19 @@ def lab() -> None:
 
 @lab.command()
 @click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--mininet", is_flag=True, help="Only one node's bridges and controller, with simulated hosts, in Mininet."
+)
 @_run_dir
 @_json
 @_command
-def up(file: Path | None, run_dir: Path, as_json: bool) -> None:
-    """Build the network of a state FILE (default: the example of two networks) and start its controller."""
+def up(file: Path | None, mininet: bool, run_dir: Path, as_json: bool) -> None:
+    """Build the node of a state FILE (default: the example), a second one, and the world around them.
+
+    Each node has its own Open vSwitch, agent and controller; tunnels are real WireGuard.
+    """
     _catch_signals()
-    status = manager.up(file or places.example(), run_dir, progress=_quiet if as_json else _step)
+    status = manager.up(file or places.example(), run_dir, progress=_quiet if as_json else _step, nodes=not mininet)
     if as_json:
         _print_json(_as_dict(status))
         return
@@ -121,16 +127,17 @@ def exec_command(host: str, command: tuple[str, ...], run_dir: Path) -> None:
 
 @lab.command()
 @click.option("--follow/--no-follow", default=True, show_default=True, help="Go on with the event log until Ctrl-C.")
+@click.option("--mininet", is_flag=True, help="In the lab of one node's bridges, in Mininet.")
 @_run_dir
 @_json
 @_command
-def demo(follow: bool, run_dir: Path, as_json: bool) -> None:
+def demo(follow: bool, mininet: bool, run_dir: Path, as_json: bool) -> None:
     """Start a lab, run the architecture's traffic examples in it, and show what passed and what was blocked.
 
     Exit 1 if anything is not as it must be. The lab is taken down at the end.
     """
     _catch_signals()
-    status = manager.up(places.example(), run_dir, progress=_quiet if as_json else _step)
+    status = manager.up(places.example(), run_dir, progress=_quiet if as_json else _step, nodes=not mininet)
     try:
         shown = _play(status, as_json)
         if follow and not as_json:
@@ -144,7 +151,7 @@ def demo(follow: bool, run_dir: Path, as_json: bool) -> None:
 
 
 def _play(status: Status, as_json: bool) -> list[examples.Shown]:
-    columns = examples.widths()
+    columns = examples.widths(examples.examples_of(status))
     shown = []
     if not as_json:
         click.echo(f"\n{click.style(examples.line(None, columns), bold=True)}")

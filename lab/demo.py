@@ -6,16 +6,24 @@ the world before the world tries to come in, because what leaves opens the way b
 
 from __future__ import annotations
 
+import configparser
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
-from lab import manager
+from lab import manager, places
 from lab.traffic import Result, Traffic, Try
 
 WORLD = "198.51.100.10"
+EXIT = "203.0.113.100"
+"""What the internet sees of whoever leaves by WARP."""
 VPN_CLIENT = "203.0.113.7"
 MESH_CLIENT = "203.0.113.50"
 AT_ONCE_S = 1.0
@@ -42,7 +50,10 @@ class Expected(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One line of the table. `host` tries `wanted`, whose `server` is the one that must answer, or must hear nothing."""
+    """One line of the table. `host` tries `wanted`, whose `server` is the one that must answer, or must hear nothing.
+
+    `sender`, where it is given, is the address that the server has to see.
+    """
 
     title: str
     host: str
@@ -50,6 +61,7 @@ class Example:
     expected: Expected
     server: str
     tunnel_down: bool = False
+    sender: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +72,7 @@ class Shown:
     seen: str
     seconds: float
     as_expected: bool
+    sender: str = ""
 
     def as_dict(self) -> dict[str, object]:
         """The line as plain JSON values."""
@@ -71,6 +84,7 @@ class Shown:
             "expected": str(example.expected),
             "seen": self.seen,
             "seconds": self.seconds,
+            "server_sees": self.sender,
             "as_expected": self.as_expected,
         }
 
@@ -139,15 +153,121 @@ EXAMPLES = (
 )  # fmt: skip
 
 
+VIA_PROXY = "192.0.2.10:1080"
+"""The droplet's SOCKS5 proxy."""
+ENTRY = "192.0.2.10"
+"""The droplet, where administrators come in."""
+NODE = "192.0.2.2"
+"""The first node, as the internet knows it."""
+
+NODE_SERVERS = {
+    "inet": ("tcp:443", "udp:5353"),
+    "gateway": ("udp:4000",),
+    "xray": ("tcp:443", "udp:4000"),
+    "relay": ("tcp:443",),
+    "mcp-server": ("tcp:9573",),
+    "op-dbus-api": ("tcp:9573", "tcp:9574"),
+    "exporter": ("tcp:9100",),
+}
+
+NODE_EXAMPLES = (
+    Example(
+        "the world comes in by the tunnel, unasked",
+        "warp", Try("udp", "10.0.0.102", 4000, source="172.16.0.1", say="unasked"), Expected.BLOCKED, "xray",
+    ),
+    Example(
+        "the world routes the private network to the node",
+        "inet", Try("udp", "10.0.0.102", 4000, say="unasked"), Expected.BLOCKED, "xray",
+    ),
+    Example(
+        "a container pretends to be another",
+        "xray", Try("udp", "10.0.0.100", 4000, spoof="10.0.0.50", say="forged"), Expected.BLOCKED, "gateway",
+    ),
+    Example(
+        "SOCKS5 user, droplet, privacy mesh, WARP, internet",
+        "laptop", Try("tcp", WORLD, 443, socks=VIA_PROXY), Expected.PASSES, "inet", sender=EXIT,
+    ),
+    Example(
+        "VPN client, gateway, WARP, internet",
+        "laptop", Try("tcp", WORLD, 443), Expected.PASSES, "inet", sender=EXIT,
+    ),
+    Example(
+        "xray, WARP, internet",
+        "xray", Try("udp", WORLD, 5353), Expected.PASSES, "inet", sender=EXIT,
+    ),
+    Example(
+        "relay of the second node, its own WARP, internet",
+        "relay", Try("tcp", WORLD, 443), Expected.PASSES, "inet", sender=EXIT,
+    ),
+    Example(
+        "xray to relay on the other node, privacy mesh",
+        "xray", Try("tcp", "10.0.0.110", 443), Expected.PASSES, "relay", sender="10.0.0.102",
+    ),
+    Example(
+        "admin, droplet, management mesh, op-dbus API",
+        "admin", Try("tcp", ENTRY, 9573), Expected.PASSES, "op-dbus-api", sender="10.1.0.50",
+    ),
+    Example(
+        "MCP server to exporter on the other node",
+        "mcp-server", Try("tcp", "10.1.0.210", 9100), Expected.PASSES, "exporter", sender="10.1.0.200",
+    ),
+    Example(
+        "the node itself to the op-dbus API",
+        "host", Try("tcp", "10.1.0.201", 9574), Expected.PASSES, "op-dbus-api",
+    ),
+    Example(
+        "xray to the op-dbus API (privacy to management)",
+        "xray", Try("tcp", "10.1.0.201", 9573), Expected.REFUSED, "op-dbus-api",
+    ),
+    Example(
+        "MCP server to xray (management to privacy)",
+        "mcp-server", Try("tcp", "10.0.0.102", 443), Expected.REFUSED, "xray",
+    ),
+    Example(
+        "privacy mesh peer to the op-dbus API",
+        "droplet", Try("tcp", "10.1.0.201", 9574, source="10.0.0.50"), Expected.BLOCKED, "op-dbus-api",
+    ),
+    Example(
+        "VPN client to the op-dbus API",
+        "laptop", Try("tcp", "10.1.0.201", 9573), Expected.REFUSED, "op-dbus-api",
+    ),
+    Example(
+        "admin to the API on the node's public address",
+        "admin", Try("tcp", NODE, 9573), Expected.BLOCKED, "op-dbus-api",
+    ),
+    Example(
+        "MCP server to the internet (management has no way out)",
+        "mcp-server", Try("tcp", WORLD, 443), Expected.REFUSED, "inet",
+    ),
+    Example(
+        "kill switch: WARP is unreachable, xray to the internet",
+        "xray", Try("tcp", WORLD, 443), Expected.BLOCKED, "inet", tunnel_down=True,
+    ),
+    Example(
+        "kill switch: WARP is back",
+        "xray", Try("tcp", WORLD, 443), Expected.PASSES, "inet", sender=EXIT,
+    ),
+)  # fmt: skip
+
+
 def target(wanted: Try) -> str:
     """Where a try goes, in a few characters."""
     return f"{wanted.proto} {wanted.to}:{wanted.port}"
 
 
-def play(lab: manager.Status, examples: tuple[Example, ...] = EXAMPLES) -> Iterator[Shown]:
+def examples_of(lab: manager.Status) -> tuple[Example, ...]:
+    """The examples for a lab of its kind."""
+    return NODE_EXAMPLES if lab.has_nodes else EXAMPLES
+
+
+def play(lab: manager.Status, examples: tuple[Example, ...] | None = None) -> Iterator[Shown]:
     """Run the examples one after the other."""
+    if lab.has_nodes:
+        connect_vpn(lab)
+    if examples is None:
+        examples = examples_of(lab)
     with Traffic(lab) as traffic:
-        traffic.serve(SERVERS)
+        traffic.serve(NODE_SERVERS if lab.has_nodes else SERVERS)
         was_down = False
         for example in examples:
             with tunnel_down(lab) if example.tunnel_down else nullcontext():
@@ -157,7 +277,16 @@ def play(lab: manager.Status, examples: tuple[Example, ...] = EXAMPLES) -> Itera
 
 @contextmanager
 def tunnel_down(lab: manager.Status) -> Iterator[None]:
-    """Take the link of the egress away for a while."""
+    """Take the link of the egress away for a while; of whole nodes, the way to the tunnel's endpoint."""
+    if lab.has_nodes:
+        in_router(
+            lab, f"nft 'add table ip cut; add chain ip cut forward {{ {FORWARD} }}'; nft add rule ip cut forward {CUT}"
+        )
+        try:
+            yield
+        finally:
+            in_router(lab, "nft delete table ip cut")
+        return
     world = manager.find_host(lab, "inet")
     port = world.port if world else ""
     set_link(lab, port, "down")
@@ -167,10 +296,54 @@ def tunnel_down(lab: manager.Status) -> Iterator[None]:
         set_link(lab, port, "up")
 
 
+FORWARD = "type filter hook forward priority filter;"
+CUT = "ip daddr 192.0.2.14 drop"
+
+
+def in_router(lab: manager.Status, script: str) -> None:
+    """Run a shell script in the lab's first namespace: of whole nodes, the internet's router."""
+    done = subprocess.run(
+        manager.command_in(lab, None, ["sh", "-ec", script]), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise manager.LabError(f"{script}: {done.stderr.strip()}")
+
+
 def set_link(lab: manager.Status, port: str, to: str) -> None:
     """Set the node's end of a link up or down."""
-    if manager.spawn(lab, "host", ["ip", "link", "set", port, to]).wait():
-        raise manager.LabError(f"could not set {port} {to}")
+    in_router(lab, f"ip link set {port} {to}")
+
+
+def connect_vpn(lab: manager.Status, name: str = "laptop") -> None:
+    """Make a client of the first node's VPN server, and have the laptop connect with its configuration."""
+    state_file = Path(lab.run_dir, "nodes", lab.node, "node.yaml")
+    program = [sys.executable, "-c", "from controller.cli import main; main()"]
+    made = _output(lab, lab.node, [*program, "vpn", "add", str(state_file), name, "--json"])
+    wanted = configparser.ConfigParser(strict=False)
+    text: str = json.loads(made)["configuration"]
+    wanted.read_string(text)
+    address, mtu = wanted["Interface"]["Address"], wanted["Interface"]["MTU"]
+    endpoint = wanted["Peer"]["Endpoint"].partition(":")[0]
+    kept = "\n".join(line for line in text.splitlines() if line.partition(" ")[0] not in ("Address", "MTU", "DNS"))
+    script = f"""
+        wireguard-go -f vpn0 >/dev/null 2>&1 &
+        while ! [ -S /var/run/wireguard/vpn0.sock ]; do sleep 0.02; done
+        wg setconf vpn0 /dev/stdin
+        ip address add {address} dev vpn0
+        ip link set vpn0 mtu {mtu} up
+        ip route add {endpoint} via 203.0.113.1
+        ip route add {ENTRY} via 203.0.113.1
+        ip route replace default dev vpn0"""
+    _output(lab, name, ["setsid", "sh", "-ec", script], kept)
+
+
+def _output(lab: manager.Status, host: str, command: list[str], stdin: str = "") -> str:
+    line = manager.command_in(lab, manager.find_host(lab, host), command)
+    env = {**os.environ, "PYTHONPATH": str(places.OVS_LIBRARY.parent.parent)}
+    done = subprocess.run(line, input=stdin, capture_output=True, text=True, timeout=30, env=env, check=False)
+    if done.returncode:
+        raise manager.LabError(f"{host}: {command[0]} ended with exit code {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
 
 
 def show(traffic: Traffic, example: Example, patience_s: float = 0) -> Shown:
@@ -181,13 +354,16 @@ def show(traffic: Traffic, example: Example, patience_s: float = 0) -> Shown:
     while result.outcome != "reply" and time.monotonic() - started < patience_s:
         result = traffic.attempt(example.host, example.wanted)
     arrived = len(traffic.heard(example.server)) > before
-    return judge(example, result, arrived, round(time.monotonic() - started, 3) if patience_s else result.seconds)
+    seconds = round(time.monotonic() - started, 3) if patience_s else result.seconds
+    return judge(example, result, arrived, seconds, traffic.came_from(example.server) if arrived else "")
 
 
-def judge(example: Example, result: Result, arrived: bool, seconds: float) -> Shown:
+def judge(example: Example, result: Result, arrived: bool, seconds: float, sender: str = "") -> Shown:
     """What was seen, in a word, and whether it is what was expected."""
     if result.outcome == "reply":
         seen = "passes" if result.data == example.server else f"answered by {result.data}"
+        if example.sender and sender != example.sender:
+            seen = f"passes as {sender}"
     elif arrived:
         seen = "arrived, no reply"
     elif result.outcome == "refused":
@@ -196,24 +372,25 @@ def judge(example: Example, result: Result, arrived: bool, seconds: float) -> Sh
         seen = "blocked" if result.outcome == "silence" else f"error: {result.data}"
     # Refusing is one way to block; silence is none to refuse.
     accepted = {example.expected.value, "refused"} if example.expected is Expected.BLOCKED else {example.expected.value}
-    return Shown(example, seen, seconds, seen in accepted)
+    return Shown(example, seen, seconds, seen in accepted, sender)
 
 
-HEADINGS = ("EXAMPLE", "FROM", "TO", "EXPECTED", "SEEN", "AFTER")
+HEADINGS = ("EXAMPLE", "FROM", "TO", "EXPECTED", "SEEN", "AFTER", "SERVER SEES")
 
 
-def widths() -> tuple[int, ...]:
+def widths(examples: tuple[Example, ...]) -> tuple[int, ...]:
     """Column widths that fit every line, known before the first one is run."""
-    rows = [HEADINGS, *(_cells(e, "passes", 0.0) for e in EXAMPLES)]
+    rows = [HEADINGS, *(_cells(e, "passes", 0.0, e.sender) for e in examples)]
     return tuple(max(len(row[column]) for row in rows) for column in range(len(HEADINGS)))
 
 
-def _cells(example: Example, seen: str, seconds: float) -> tuple[str, ...]:
-    return (example.title, example.host, target(example.wanted), example.expected.value, seen, f"{seconds:.3f} s")
+def _cells(example: Example, seen: str, seconds: float, sender: str) -> tuple[str, ...]:
+    shown = (example.title, example.host, target(example.wanted), example.expected.value, seen, f"{seconds:.3f} s")
+    return (*shown, sender)
 
 
 def line(shown: Shown | None, columns: tuple[int, ...]) -> str:
     """One line of the table; None is its heading."""
-    cells = _cells(shown.example, shown.seen, shown.seconds) if shown else HEADINGS
+    cells = _cells(shown.example, shown.seen, shown.seconds, shown.sender) if shown else HEADINGS
     text = "  ".join(cell.ljust(width) for cell, width in zip(cells, columns, strict=True))
     return text.rstrip() if shown is None or shown.as_expected else f"{text.rstrip()}  <- DIFFERS"

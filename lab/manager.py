@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,7 +32,10 @@ TAIL_LINES = 15
 SYSTEM_PYTHON = "/usr/bin/python3"
 
 _LOCK, _STATE, _DESCRIPTION, _LOG = "lock", "lab.json", "description.json", "lab.log"
-_OURS = (_STATE, "lab.json.new", _DESCRIPTION, _LOG, "controller.log", "ovs", "controller", "events")
+_OURS = (
+    *(_STATE, "lab.json.new", _DESCRIPTION, _LOG, "controller.log", "ovs", "controller", "events"),
+    *("keys", "nodes", "logs"),
+)
 """What is in a run directory; nothing else in it is ever removed."""
 
 _PROGRAMS = {
@@ -82,7 +85,8 @@ class InvalidState(LabError):
 
 @dataclass(frozen=True, slots=True)
 class LabHost:
-    """A namespace of the lab. `pid` is a process id inside the lab."""
+    """A namespace of the lab. `pid` is a process id inside the lab; on a whole node, `netns` is the name of the network
+    namespace there, and `env` what commands need to find what is the node's."""
 
     name: str
     aliases: tuple[str, ...]
@@ -91,6 +95,9 @@ class LabHost:
     port: str
     address: str
     pid: int
+    node: str = ""
+    netns: str = ""
+    env: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +115,11 @@ class Status:
     events: Path
     alive: dict[str, bool] = field(default_factory=dict)
 
+    @property
+    def has_nodes(self) -> bool:
+        """Whether it is a lab of whole nodes."""
+        return any(host.kind == "node" for host in self.hosts)
+
 
 def default_dir() -> Path:
     """The run directory where none is given."""
@@ -124,10 +136,12 @@ def up(
     progress: Callable[[str], None] = lambda _line: None,
     limit_s: float = START_LIMIT_S,
     controller: bool = True,
+    nodes: bool = False,
 ) -> Status:
     """Start a lab and wait until it forwards what it should. `progress` is told each step.
 
-    Without `controller` nobody gives the bridges flows, and nothing passes. Raises `LabError`.
+    With `nodes` it is whole nodes and the world around them, otherwise one node's bridges in Mininet; there, without
+    `controller`, nobody gives the bridges flows, and nothing passes. Raises `LabError`.
     """
     require_root()
     require_programs()
@@ -136,16 +150,21 @@ def up(
     _check_paths(run_dir)
     with _locked(run_dir) as lock:
         _sweep(run_dir)
-        (run_dir / _DESCRIPTION).write_text(description)
-        for name in ("controller", "events"):
-            (run_dir / name).mkdir()
-        command = _controller_command(state_file, run_dir) if controller else []
-        reader = _launch(run_dir, state_file, lock, command, limit_s)
+        if nodes:
+            # -P: the directory of the program is no place to import from.
+            program, more = [sys.executable, "-P", str(places.WORLD)], []
+        else:
+            (run_dir / _DESCRIPTION).write_text(description)
+            for name in ("controller", "events"):
+                (run_dir / name).mkdir()
+            command = _controller_command(state_file, run_dir) if controller else []
+            program, more = [SYSTEM_PYTHON, str(places.lab_program())], _mininet(run_dir, command)
+        reader = _launch(run_dir, state_file, lock, program, more, limit_s)
     # From here on the lab holds the lock itself, through the descriptor it was given.
     try:
         deadline = time.monotonic() + limit_s
         _await_ready(reader, run_dir, progress, deadline)
-        if controller:
+        if controller and not nodes:
             _await_steady(run_dir, deadline)
         return status(run_dir)
     except BaseException:
@@ -218,22 +237,27 @@ def _controller_command(state_file: Path, run_dir: Path) -> list[str]:
     ]
 
 
-def _launch(run_dir: Path, state_file: Path, lock: int, command: Sequence[str], limit_s: float) -> BinaryIO:
+def _mininet(run_dir: Path, controller: Sequence[str]) -> list[str]:
+    """What the lab in Mininet is told besides; `controller` stands at the end."""
+    return ["--description", str(run_dir / _DESCRIPTION), "--ovs-library", str(places.OVS_LIBRARY), "--", *controller]
+
+
+def _launch(
+    run_dir: Path, state_file: Path, lock: int, program: Sequence[str], more: Sequence[str], limit_s: float
+) -> BinaryIO:
     """Start the lab in its namespaces, as nobody's child; answers the pipe it reports on."""
     read_end, write_end = os.pipe()
     # `setsid --fork` ends at once, so that the lab is not left for us, or for whoever imports us, to wait for.
     arguments = [
         "setsid", "--fork",
         "unshare", "--net", "--mount", "--pid", "--fork", "--kill-child",
-        SYSTEM_PYTHON, str(places.lab_program()),
-        "--description", str(run_dir / _DESCRIPTION),
+        *program,
         "--state-file", str(state_file.resolve()),
         "--run-dir", str(run_dir),
-        "--ovs-library", str(places.OVS_LIBRARY),
         "--lock-fd", str(lock),
         "--progress-fd", str(write_end),
-        "--limit-s", str(limit_s),
-        "--", *command,
+        "--limit-s", str(0.9 * limit_s),  # it knows best what it waits for, and says so while we still listen
+        *more,
     ]  # fmt: skip
     try:
         with (run_dir / _LOG).open("wb") as log:
@@ -256,6 +280,7 @@ def _environment() -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("OVS_", "PYTHON"))}
     kept["PATH"] = f"{kept.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/usr/bin:/sbin:/bin"
     kept["PYTHONUNBUFFERED"] = "1"
+    kept["PYTHONPATH"] = str(places.OVS_LIBRARY.parent.parent)
     return kept
 
 
@@ -433,7 +458,9 @@ def status(run_dir: Path) -> Status:
 def find_host(lab: Status, name: str) -> LabHost | None:
     """The host of that name, alias or unmistakable beginning of a name; None is the node itself. Raises `UnknownHost`."""
     wanted = name.replace("_", "-")
-    if wanted in ("host", lab.node):
+    if wanted == "host":
+        wanted = name = lab.node
+    if wanted == lab.node and not lab.has_nodes:
         return None
     for host in lab.hosts:
         if host.name == name:
@@ -454,6 +481,10 @@ def command_in(lab: Status, host: LabHost | None, command: Sequence[str]) -> lis
     line = ["nsenter", f"--target={lab.pid}", "--net", "--mount", "--pid", "--"]
     if host is not None:
         line += ["nsenter", f"--target={host.pid}", "--net", "--mount", "--"]
+        if host.env:
+            line += ["env", *(f"{name}={value}" for name, value in host.env.items())]
+        if host.netns:
+            line += ["ip", "netns", "exec", host.netns]
     return [*line, *command]
 
 
@@ -464,9 +495,10 @@ def exec(run_dir: Path, node: str | None, container: str | None, command: Sequen
     """
     lab = status(run_dir)
     require_root()
-    if node is not None and node != lab.node:
-        raise UnknownHost(f"{node}: there is no such node; the lab has: {lab.node}")
-    host = find_host(lab, container) if container is not None else None
+    nodes = [each.name for each in lab.hosts if each.kind == "node"] or [lab.node]
+    if node is not None and node not in nodes:
+        raise UnknownHost(f"{node}: there is no such node; the lab has: {', '.join(nodes)}")
+    host = find_host(_only(lab, node), container) if container is not None else None
     directory = os.getcwd()
     here = [] if directory.startswith(("/run", "/proc", "/sys")) else ["env", f"--chdir={directory}"]
     inside = dict(os.environ, OVS_RUNDIR=str(lab.run_dir / "ovs"))
@@ -478,6 +510,13 @@ def exec(run_dir: Path, node: str | None, container: str | None, command: Sequen
     finally:
         signal.signal(signal.SIGINT, before)
     return code if code >= 0 else 128 - code
+
+
+def _only(lab: Status, node: str | None) -> Status:
+    """The lab as one of its nodes sees it."""
+    if node is None or not any(host.node for host in lab.hosts):
+        return lab
+    return replace(lab, node=node, hosts=tuple(host for host in lab.hosts if host.node == node))
 
 
 def spawn(lab: Status, name: str, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:

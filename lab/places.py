@@ -11,6 +11,7 @@ from pathlib import Path
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _INSTALLED = Path(sys.prefix) / "share" / "bulkhead"
 
+WORLD = Path(__file__).resolve().parent / "world.py"
 OVS_LIBRARY = Path(__file__).resolve().parent / "ovs.py"
 PROBE = Path(__file__).resolve().parent / "probe.py"
 

@@ -4,7 +4,7 @@
                                           --watch INTERFACE every kind of packet that was seen there
     probe.py try < tries.json             runs all tries at once; prints one outcome for each
 
-A try is {"proto": "tcp|udp|icmp", "to": ADDRESS, "port": N, "from": ADDRESS, "spoof": ADDRESS, "timeout_s": S}; an outcome
+A try is {"proto": "tcp|udp|icmp", "to": ADDRESS, "port": N, "from": ADDRESS, "spoof": ADDRESS, "socks": ADDRESS:PORT, "timeout_s": S}; an outcome
 {"outcome": "reply|refused|silence|error", "data": TEXT, "s": SECONDS}. Standard library only.
 """
 
@@ -120,7 +120,9 @@ def attempt(what: Try) -> Outcome:
     """Run one try to its end."""
     started = time.monotonic()
     try:
-        data = ATTEMPTS["spoof" if "spoof" in what else what["proto"]](what, float(what.get("timeout_s", TIMEOUT_S)))
+        data = ATTEMPTS[next((way for way in ("spoof", "socks") if way in what), what["proto"])](
+            what, float(what.get("timeout_s", TIMEOUT_S))
+        )
         outcome = {"outcome": "reply", "data": data}
     except TimeoutError:
         outcome = {"outcome": "silence", "data": ""}
@@ -143,6 +145,22 @@ def try_tcp(what: Try, timeout_s: float) -> str:
     with opened(what, socket.SOCK_STREAM) as sock:
         sock.settimeout(timeout_s)
         sock.connect((what["to"], what["port"]))
+        return sock.recv(MAX_BYTES).decode(errors="replace")
+
+
+def try_socks(what: Try, timeout_s: float) -> str:
+    """Connect through a SOCKS5 proxy (RFC 1928), and read what the server says."""
+    proxy, _, port = what["socks"].partition(":")
+    with opened(what, socket.SOCK_STREAM) as sock:
+        sock.settimeout(timeout_s)
+        sock.connect((proxy, int(port)))
+        sock.sendall(b"\x05\x01\x00")
+        if sock.recv(2) != b"\x05\x00":
+            raise OSError(errno.EPROTO, "no SOCKS5 proxy")
+        sock.sendall(b"\x05\x01\x00\x01" + socket.inet_aton(what["to"]) + struct.pack("!H", what["port"]))
+        reply = sock.recv(10)
+        if len(reply) < 2 or reply[1]:
+            raise TimeoutError  # the proxy could not connect; what it says of why differs from proxy to proxy
         return sock.recv(MAX_BYTES).decode(errors="replace")
 
 
@@ -221,7 +239,7 @@ def try_spoof(what: Try, timeout_s: float) -> str:
     raise TimeoutError
 
 
-ATTEMPTS = {"tcp": try_tcp, "udp": try_udp, "icmp": try_icmp, "spoof": try_spoof}
+ATTEMPTS = {"tcp": try_tcp, "udp": try_udp, "icmp": try_icmp, "spoof": try_spoof, "socks": try_socks}
 
 
 def run_tries(tries: list[Try]) -> list[Outcome]:

@@ -24,13 +24,15 @@ NOTHING: Mapping[str, Sequence[str]] = {}
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """One connection, datagram or echo request. `source` is the address it comes from, `spoof` one it only claims."""
+    """One connection, datagram or echo request. `source` is the address it comes from, `spoof` one it only claims;
+    `socks` is the proxy (address:port) that it goes through."""
 
     proto: Literal["tcp", "udp", "icmp"]
     to: str
     port: int = 0
     source: str | None = None
     spoof: str | None = None
+    socks: str | None = None
     say: str = "hello"
     timeout_s: float = 1.5
 
@@ -42,6 +44,8 @@ class Try:
             asked["from"] = self.source
         if self.spoof is not None:
             asked["spoof"] = self.spoof
+        if self.socks is not None:
+            asked["socks"] = self.socks
         return asked
 
 
@@ -99,6 +103,11 @@ class Traffic:
     def heard(self, host: str) -> list[str]:
         """What the server of a host was asked so far: `udp 4000 10.0.0.102 hello`."""
         return [line for line in self._lines(host) if not line.startswith("saw ")]
+
+    def came_from(self, host: str) -> str:
+        """The address that the last request to a host came from, as the host sees it."""
+        lines = self.heard(host)
+        return lines[-1].split(" ")[2] if lines else ""
 
     def saw(self, host: str) -> list[str]:
         """Kinds of packets that came in by a host's watched interfaces: `10.0.0.102 udp 40000 53`."""

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import importlib.util
 import json
 import os
 import resource
-import signal
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,30 +29,9 @@ from mininet.node import OVSSwitch, RemoteController
 from oo1424oo import OneFourTwoFour, run_in
 
 CANARY_TABLE = 250
-HIDDEN = ("/var/log/openvswitch", "/var/lib/openvswitch", "/etc/openvswitch")
-"""Besides /run: where a program that is told nothing would find the host's Open vSwitch."""
 TCP_LISTEN = "0A"
 WATCH_S = 0.5
 STOP_S = 5.0
-
-
-class Failure(Exception):
-    """Why the lab could not be brought up, in one line."""
-
-
-class Told:
-    """The way to whoever started the lab: one line per step, then `ready` or `failed: why`. Nobody has to listen."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def say(self, line: str) -> None:
-        with contextlib.suppress(OSError):
-            os.write(self._fd, f"{' '.join(line.split())}\n".encode())
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            os.close(self._fd)
 
 
 class Controller(RemoteController):  # type: ignore[misc]
@@ -65,99 +41,13 @@ class Controller(RemoteController):  # type: ignore[misc]
         pass
 
 
-# -- first process ----------------------------------------------------------------------------------------------------
-
-
-def init(options: argparse.Namespace) -> int:
-    """Process 1: shuts the host's files away, lets a child do the work, reaps orphans, passes signals on."""
-    outer_pid = int(os.readlink("/proc/self"))  # /proc is still that of the namespace we were started from
-    hide_the_host(options.run_dir)
-    worker = os.fork()
-    if worker == 0:
-        code = 1
-        try:
-            code = work(options, outer_pid)
-        except BaseException:  # nothing may get past the fork into what follows it
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-
-    def forward(signum: int, _frame: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(worker, signum)
-
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(signum, forward)
-    while True:
-        pid, status = os.wait()
-        if pid == worker:
-            return os.waitstatus_to_exitcode(status) & 0xFF
-
-
-def hide_the_host(run_dir: Path) -> None:
-    """Mount what must not be the host's: /proc and /sys of our namespaces, an empty /run, no trace of its OVS."""
-    mount("-t", "proc", "proc", "/proc")
-    mount("-t", "sysfs", "sysfs", "/sys")
-    ours = os.open(run_dir, os.O_PATH | os.O_DIRECTORY)
-    mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run")
-    if not run_dir.is_dir():
-        run_dir.mkdir(parents=True)
-        # By descriptor, and taken literally: the path itself leads into the new, empty /run.
-        mount("--no-canonicalize", "--bind", f"/proc/{os.getpid()}/fd/{ours}", str(run_dir))
-    os.close(ours)
-    for path in HIDDEN:
-        if os.path.isdir(path):
-            mount("-t", "tmpfs", "tmpfs", path)
-
-
-def mount(*args: str) -> None:
-    """mount(8), in our own mount namespace."""
-    done = subprocess.run(["mount", *args], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise Failure(f"mount {' '.join(args)}: {done.stderr.strip()}")
-
-
 # -- the lab itself ---------------------------------------------------------------------------------------------------
-
-
-def work(options: argparse.Namespace, outer_pid: int) -> int:
-    """Bring the lab up, serve until told to stop, take it down. Answers an exit code."""
-    told = Told(options.progress_fd)
-    lab = Lab(options, outer_pid, told)
-    try:
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(signum, stop)
-        lab.start()
-        told.say("ready")
-        told.close()
-        lab.serve()
-    except Stopped:
-        return 0
-    except (Exception, SystemExit) as exc:  # Mininet exits when it misses something
-        traceback.print_exc()
-        told.say(f"failed: {exc}")
-        return 1
-    finally:
-        lab.stop()
-    return 0
-
-
-class Stopped(BaseException):
-    """Somebody asked us to end."""
-
-
-def stop(_signum: int, _frame: object) -> None:
-    """Signal handler. Once is enough: a second signal must not interrupt the taking down."""
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)
-    raise Stopped
 
 
 class Lab:
     """Open vSwitch, the controller and the network, in the order they start."""
 
-    def __init__(self, options: argparse.Namespace, outer_pid: int, told: Told) -> None:
+    def __init__(self, options: argparse.Namespace, outer_pid: int, told: Any) -> None:
         self.options = options
         self.run_dir: Path = options.run_dir
         self.description: dict[str, Any] = json.loads(options.description.read_text())
@@ -301,7 +191,7 @@ class Lab:
         state = {
             "version": 1,
             "node": self.description["node"],
-            "state_file": self.options.state_file,
+            "state_file": str(self.options.state_file),
             "pid": self.outer_pid,
             "hosts": [
                 {**{key: host[key] for key in ("name", "aliases", "kind", "network", "port", "address")},
@@ -369,30 +259,26 @@ def load_module(name: str, path: Path) -> ModuleType:
     return module
 
 
+first = load_module("bulkhead_lab_first", Path(__file__).resolve().parent.parent / "lab" / "first.py")
+Failure = first.Failure
+
+
 def main() -> int:
     """Read the command line and be process 1 of the lab."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = first.arguments(__doc__)
     parser.add_argument("--description", type=Path, required=True, help="what to build, as JSON")
-    parser.add_argument("--state-file", required=True, help="where the description came from")
-    parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--ovs-library", type=Path, required=True, help="lab/ovs.py")
-    parser.add_argument("--lock-fd", type=int, required=True, help="held for as long as the lab lives")
-    parser.add_argument("--progress-fd", type=int, required=True)
-    parser.add_argument("--limit-s", type=float, default=30.0, help="how long ports and flows may take")
     parser.add_argument("--port", type=int, default=6653, help="where the controller listens, inside")
     parser.add_argument("controller", nargs=argparse.REMAINDER, help="-- and the controller's command")
     options = parser.parse_args()
     if options.controller[:1] == ["--"]:
         del options.controller[0]
-    for fd in (options.lock_fd, options.progress_fd):
-        fcntl.fcntl(fd, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
-    if os.getpid() != 1:
-        parser.error("start this with: unshare --net --mount --pid --fork --kill-child")
-    try:
-        return init(options)
-    except Failure as exc:
-        Told(options.progress_fd).say(f"failed: {exc}")
-        return 1
+
+    def work(outer_pid: int, told: Any) -> int:
+        code: int = first.run(Lab(options, outer_pid, told), told)
+        return code
+
+    return int(first.begin(options, work))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from controller.agent.build import Parts, build, health
 from controller.agent.files import write_atomically
 from controller.agent.gate import Controller
 from controller.agent.health import Health
+from controller.agent.lxc import Lxc
 from controller.agent.netlink import Nets
 from controller.agent.ovs import Ovsdb, choose_datapath
 from controller.agent.process import Programs
@@ -53,6 +54,7 @@ class Agent:
         self.ovsdb = Ovsdb(settings.ovsdb, self.reconciler.ovsdb_changed)
         self.controller = Controller(settings.run_dir)
         self.programs = Programs(settings.own_dir / "programs")
+        self.lxc = Lxc(settings.state_dir / "lxc", settings.own_dir / "lxc")
         self._clients: Clients | None = None
         self._probes: list[asyncio.Future[None]] = []
         self.stop = asyncio.Event()
@@ -99,7 +101,7 @@ class Agent:
                 await asyncio.sleep(0.5)
         else:
             return
-        parts = Parts(self._settings, self.nets, self.ovsdb, self.controller, self.programs, datapath)
+        parts = Parts(self._settings, self.nets, self.ovsdb, self.controller, self.programs, self.lxc, datapath)
         resources = build(self._loaded.state, self._loaded.host, parts)
         self.reconciler.want([*await leftovers(parts, resources), *resources])
         self._clients = parts.clients

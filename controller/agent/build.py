@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from controller.agent import sysctls
+from controller.agent.etc import NETNS_ETC, TextFile, resolvers
 from controller.agent.firewall import gateway_table, ingress_table, leg_table
 from controller.agent.gate import Controller, Gate
 from controller.agent.health import Watched
 from controller.agent.hosttable import HostTable, default_uplinks
 from controller.agent.keys import KeyStore
 from controller.agent.links import End, Interface, Namespace, Veth
+from controller.agent.lxc import Lxc, LxcContainer
+from controller.agent.names import Names, dnsmasq_command
 from controller.agent.netlink import Nets, Route
 from controller.agent.nft import TABLE, NftTable
 from controller.agent.ovs import Bridge, Ovsdb, Ports
-from controller.agent.process import Programs
+from controller.agent.process import Kept, Process, Program, Programs
 from controller.agent.resource import Change, Resource
 from controller.agent.run import PREFIX
 from controller.agent.settings import Settings
 from controller.agent.sysctls import Sysctls
 from controller.agent.vpn import Clients
 from controller.agent.wireguard import WgConfig, WireGuard, resolve, show
-from controller.hostmodel import WARP_MTU, Container, Datapath, HostState, Leg, VpnServer
+from controller.hostmodel import Container, Datapath, Driver, HostState, Leg, VpnServer
 from controller.model import DesiredState, Mac, Member, Network, Role
 from controller.problems import BulkheadError
 
@@ -42,6 +46,7 @@ class Parts:
     ovsdb: Ovsdb
     controller: Controller
     programs: Programs
+    lxc: Lxc
     datapath: str
 
     @property
@@ -92,8 +97,9 @@ def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
         key=lambda each: (each[2].order, len(each[1].id), each[1].id),
     )
     running = [each for each in containers if each[2].running]
+    mtus = {network.name: mtu_of(network, host, parts) for network in state.networks}
     for network, member, _ in running:
-        out += _container_links(network, member, parts)
+        out += _container_links(network, member, mtus[network.name], parts)
         ports[network.bridge].append(member.port)
     names = [name for of_bridge in ports.values() for name in of_bridge]
     if parts.datapath == Datapath.NETDEV:
@@ -103,14 +109,18 @@ def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
     for network in state.networks:
         out += _host_side(network, parts)
     for network, member, container in running:
-        out += _container(network, member, container, parts)
+        out += _container(state, host, network, member, container, parts)
         if host.vpn is not None and host.vpn.container_id == member.id:
             out += _vpn(network, host.vpn, parts)
     return out
 
 
 def _exists(name: str) -> bool:
-    return Path("/sys/class/net", name).exists()
+    """Asked by a system call: /sys may be that of another network namespace."""
+    try:
+        return socket.if_nametoindex(name) > 0
+    except OSError:
+        return False
 
 
 def _host_settings(state: DesiredState, host: HostState, ports: list[str]) -> dict[str, str]:
@@ -220,14 +230,19 @@ def _other(network: Network) -> Mac:
     return Mac.derive(network.name, "bridge")
 
 
-def mtu_of(network: Network, host_mtu: int | None) -> int:
-    """What fits through the network's tunnel."""
-    return host_mtu or (WARP_MTU if network.egress is not None else 1500)
+def mtu_of(network: Network, host: HostState, parts: Parts) -> int:
+    """What fits through every tunnel of the network: a container that sends no more has nothing to find out."""
+    found = [1500]
+    for leg in host.legs:
+        if leg.network == network.name:
+            with contextlib.suppress(BulkheadError):  # it is told where the leg is made
+                found.append(resolve(leg.tunnel, parts.keys).mtu)
+    return min(found)
 
 
-def _container_links(network: Network, member: Member, parts: Parts) -> list[Resource]:
+def _container_links(network: Network, member: Member, mtu: int, parts: Parts) -> list[Resource]:
     namespace = namespace_of(member.id)
-    near, far = End(member.port), End("eth0", namespace, str(member.mac), mtu_of(network, None))
+    near, far = End(member.port), End("eth0", namespace, str(member.mac), mtu)
     forwards = network.vpn is not None and network.vpn.member_id == member.id
     return [
         Namespace(parts.nets, namespace),
@@ -236,8 +251,11 @@ def _container_links(network: Network, member: Member, parts: Parts) -> list[Res
     ]
 
 
-def _container(network: Network, member: Member, container: Container, parts: Parts) -> list[Resource]:
+def _container(
+    state: DesiredState, host: HostState, network: Network, member: Member, container: Container, parts: Parts
+) -> list[Resource]:
     namespace = namespace_of(member.id)
+    zone = next((zone for zone in host.zones if zone.network == network.name), None)
     gate = Gate(parts.nets, parts.controller, network.bridge, member.port, namespace, (f"veth/{member.port}",))
     interface = Interface(
         parts.nets,
@@ -247,7 +265,22 @@ def _container(network: Network, member: Member, container: Container, parts: Pa
         routes=(Route("default", str(network.gateway)),),
         needs=(gate.key,),
     )
-    return [gate, interface]
+    out: list[Resource] = [gate, interface]
+    if container.dns:
+        out.append(TextFile(NETNS_ETC / namespace / "resolv.conf", resolvers(container, zone), (gate.key,)))
+    if zone is not None and zone.member_id == member.id:
+        directory = parts.settings.own_dir / "names"
+        command = dnsmasq_command(directory, zone)
+        runner = Kept(parts.programs, Program(f"names-{zone.network}", command, namespace))
+        out.append(Names(state, host, zone, directory, runner, needs=(interface.key,)))
+    if container.driver is Driver.LXC:
+        search = zone.domain if zone is not None else None
+        out.append(LxcContainer(parts.lxc, member, container, search=search, needs=(interface.key,)))
+    elif container.command:
+        # `ip netns exec` gives it /etc/netns/NAMESPACE/resolv.conf and its own /sys.
+        command = ("ip", "netns", "exec", namespace, *container.command)
+        out.append(Process(parts.programs, Program(f"container-{member.id}", command), (interface.key,)))
+    return out
 
 
 def _vpn(network: Network, vpn: VpnServer, parts: Parts) -> list[Resource]:

@@ -128,6 +128,13 @@ class Programs:
             os.close(descriptor)
         self._children.append(child)
 
+    async def appear(self, name: str) -> None:
+        """Wait until a program that was started has its record; what has none by then has ended at once."""
+        for _ in range(200):
+            if self.record(name) is not None:
+                return
+            await asyncio.sleep(0.005)
+
     async def stop(self, name: str) -> None:
         """End it by SIGTERM, after `STOP_S` by SIGKILL, and forget it."""
         record = self.record(name)
@@ -172,6 +179,30 @@ def _stat(pid: int) -> tuple[str, int] | None:
     return fields[0], int(fields[19])
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A program for whoever decides itself when it has to run."""
+
+    programs: Programs
+    program: Program
+
+    async def runs(self) -> bool:
+        """Whether it runs, as wanted."""
+        record = self.programs.record(self.program.name)
+        return record is not None and record.digest == self.program.digest
+
+    async def start(self) -> None:
+        """Start it; what runs otherwise than wanted is ended."""
+        if not await self.runs():
+            await self.stop()
+            self.programs.start(self.program)
+            await self.programs.appear(self.program.name)
+
+    async def stop(self) -> None:
+        """End it; it has ended then."""
+        await self.programs.stop(self.program.name)
+
+
 class Process:
     """A program that has to run, and to run as wanted; started again when it has ended."""
 
@@ -207,11 +238,7 @@ class Process:
     async def _start(self) -> None:
         self._starts.append(time.monotonic())
         self._programs.start(self._program)
-        # It is there once its record is; what is not there by then has ended at once.
-        for _ in range(100):
-            if self._programs.record(self._program.name) is not None:
-                return
-            await asyncio.sleep(0.005)
+        await self._programs.appear(self._program.name)
 
     async def _stop(self) -> None:
         await self._programs.stop(self._program.name)

@@ -101,7 +101,7 @@ class Reconciler:
         before = self.status
         self.status = {resource.key: before.get(resource.key, Status()) for resource in resources}
         for status in self.status.values():
-            status.due = 0.0
+            status.due, status.was_done = 0.0, False  # what differs now is wanted otherwise, and not damaged
         self._wake.set()
 
     def changed(self, namespace: str | None) -> None:
@@ -122,10 +122,10 @@ class Reconciler:
                 self._wake.set()
 
     def touch(self, prefix: str) -> None:
-        """Look at every resource whose key begins so, now."""
+        """Look at every resource whose key begins so, now: something else is wanted of them."""
         for key, status in self.status.items():
             if key.startswith(prefix):
-                status.due = 0.0
+                status.due, status.was_done = 0.0, False
         self._wake.set()
 
     @property

@@ -12,9 +12,11 @@ import shutil
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from controller.agent.build import Parts, build
+from controller.agent.etc import NETNS_ETC, our_directories, remove_directory
 from controller.agent.gate import Controller
 from controller.agent.hosttable import HostTable
 from controller.agent.links import our_links, our_namespaces, remove_link, remove_namespace
+from controller.agent.lxc import Lxc
 from controller.agent.netlink import Nets
 from controller.agent.nft import TABLE, NftTable, listing
 from controller.agent.ovs import Ovsdb, choose_datapath, drop_ports, give_back
@@ -51,8 +53,9 @@ class Leftover:
         return [Change(Sign.REMOVE, self._what, "not in the state file any more", do)]
 
 
-async def leftovers(parts: Parts, wanted: Sequence[Resource]) -> list[Resource]:
-    """What is there of ours beside `wanted`, in the order in which it goes."""
+async def leftovers(parts: Parts, wanted: Sequence[Resource], *, keep: bool = False) -> list[Resource]:
+    """What is there of ours beside `wanted`, in the order in which it goes. With `keep` the files of LXC containers
+    stay."""
     keys = {resource.key for resource in wanted}
     out: list[Resource] = []
     for name, bridge in (await parts.ovsdb.bridges()).items():
@@ -67,7 +70,7 @@ async def leftovers(parts: Parts, wanted: Sequence[Resource]) -> list[Resource]:
     for key in sorted(running - keys):
         name = key.removeprefix("process/")
         device = name.removeprefix("wireguard-")
-        if name.startswith("wireguard-") and f"wireguard/{device}" in keys:
+        if {f"wireguard/{device}", f"names/{name.removeprefix('names-')}"} & keys:
             continue
         out.append(Leftover(key, f"process {name}", parts, _stopping(parts, name)))
     ends = {key.removeprefix("veth/") for key in keys if key.startswith("veth/")}
@@ -80,6 +83,13 @@ async def leftovers(parts: Parts, wanted: Sequence[Resource]) -> list[Resource]:
             table = HostTable(DesiredState(), HostState(), parts.settings.own_dir)
             step = table.remove if family == "inet" else NftTable(family, "", parts.settings.own_dir).remove
             out.append(Leftover(f"nft/{family}", f"nftables table {family} {TABLE}", parts, step))
+    for container in parts.lxc.ids():
+        if f"lxc/{container}" not in keys and not (keep and await parts.lxc.init(container) is None):
+            what = f"LXC container {container}"
+            out.append(Leftover(f"lxc/{container}", what, parts, _unmaking(parts, container, keep=keep)))
+    for name in our_directories():
+        if f"file/{NETNS_ETC / name / 'resolv.conf'}" not in keys:
+            out.append(Leftover(f"file/{name}", f"directory {NETNS_ETC / name}", parts, _clearing(name)))
     for name in our_namespaces():
         if f"namespace/{name}" not in keys:
             out.append(Leftover(f"namespace/{name}", f"network namespace {name}", parts, _removing(parts, name)))
@@ -107,6 +117,20 @@ def _stopping(parts: Parts, name: str) -> Step:
     return do
 
 
+def _unmaking(parts: Parts, container: str, *, keep: bool) -> Step:
+    async def do() -> None:
+        await (parts.lxc.stop if keep else parts.lxc.remove)(container)
+
+    return do
+
+
+def _clearing(name: str) -> Step:
+    async def do() -> None:
+        remove_directory(name)
+
+    return do
+
+
 def _unlinking(parts: Parts, name: str) -> Step:
     async def do() -> None:
         await remove_link(parts.nets, None, name)
@@ -128,7 +152,8 @@ async def _parts(settings: Settings, wanted_datapath: str = "auto") -> AsyncIter
     try:
         datapath = await choose_datapath(wanted_datapath, ovsdb)
         programs = Programs(settings.own_dir / "programs")
-        yield Parts(settings, nets, ovsdb, Controller(settings.run_dir), programs, datapath)
+        lxc = Lxc(settings.state_dir / "lxc", settings.own_dir / "lxc")
+        yield Parts(settings, nets, ovsdb, Controller(settings.run_dir), programs, lxc, datapath)
     finally:
         nets.close()
         await asyncio.to_thread(ovsdb.close)
@@ -152,7 +177,7 @@ async def take_down(settings: Settings, told: Callable[[str], None], *, purge: b
     """Take everything of ours away. Answers what could not be."""
     failures = []
     async with _parts(settings, "netdev") as parts:
-        for resource in await leftovers(parts, ()):
+        for resource in await leftovers(parts, (), keep=not purge):
             for change in await resource.diff():
                 try:
                     await change.do()

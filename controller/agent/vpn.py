@@ -97,14 +97,16 @@ class Clients:
             write_atomically(self._path(name), json.dumps(record, indent=1) + "\n")
         return client, private
 
-    def remove(self, name: str) -> None:
-        """Forget a client. Raises `Refused`."""
+    def remove(self, name: str) -> str:
+        """Forget a client; answers its public key. Raises `Refused`."""
         with self._locked():
-            try:
-                self._path(name).unlink()
-            except OSError as exc:
-                known = ", ".join(client.name for client in self.all()) or "none"
-                raise Refused(f"there is no client {name!r}; there are: {known}") from exc
+            there = self.all()
+            found = next((client for client in there if client.name.lower() == name.lower()), None)
+            if found is None:
+                known = ", ".join(client.name for client in there) or "none"
+                raise Refused(f"there is no client {name!r}; there are: {known}")
+            self._path(found.name).unlink()
+        return found.public_key
 
     def peers(self) -> tuple[WgPeer, ...]:
         """What the server's interface has to know."""
