@@ -104,7 +104,7 @@ def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
     names = [name for of_bridge in ports.values() for name in of_bridge]
     if parts.datapath == Datapath.NETDEV:
         out.append(NftTable("netdev", lambda: ingress_table(name for name in names if _exists(name)), own_dir))
-    out.append(Sysctls(_host_settings(state, host, names), state_dir=parts.settings.state_dir))
+    out.append(Sysctls(lambda: _host_settings(state, host, names), state_dir=parts.settings.state_dir))
     out += (Ports(parts.ovsdb, name, tuple(of_bridge)) for name, of_bridge in ports.items())
     for network in state.networks:
         out += _host_side(network, parts)
