@@ -118,6 +118,7 @@ class Agent:
         secrets, clients = self._secrets(), self._clients.stamp if self._clients is not None else ()
         while not self.stop.is_set():
             await asyncio.sleep(RELOAD_S)
+            self.programs.bound_logs()
             if self._clients is not None and clients != (now_clients := self._clients.stamp):
                 clients = now_clients
                 self.reconciler.touch("wireguard/")

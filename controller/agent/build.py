@@ -297,7 +297,8 @@ def _vpn(network: Network, vpn: VpnServer, parts: Parts) -> list[Resource]:
     )
     addresses = tuple(f"{address}/{length}" for address, length in vpn.tunnel.addresses)
     up = Interface(parts.nets, namespace, interface, addresses=addresses, needs=(tunnel.key,), exact=True)
-    return [rules, tunnel, up]
+    # Says which client's file is damaged; the others connect.
+    return [rules, tunnel, up, Broken("vpn-clients", parts.clients.all)]
 
 
 def health(state: DesiredState, host: HostState, parts: Parts) -> list[Watched]:
