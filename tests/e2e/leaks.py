@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -139,6 +140,14 @@ def until(good: Callable[[], bool], limit_s: float, what: str) -> float:
         assert time.monotonic() - began < limit_s, f"after {limit_s:g} s not: {what}"
         time.sleep(0.03)
     return time.monotonic() - began
+
+
+@contextlib.contextmanager
+def open_directory() -> Iterator[Path]:
+    """A directory that others can pass through, as the resolver has to."""
+    with tempfile.TemporaryDirectory(prefix="bulkhead-") as directory:
+        Path(directory).chmod(0o711)
+        yield Path(directory)
 
 
 class Watched:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from .leaks import EXIT, INET, MARK, PLACES, Watched, one_line, until
+from .leaks import EXIT, INET, MARK, PLACES, Watched, one_line, open_directory, until
 
 WITHIN_S = 10.0
 """So soon is whatever was broken whole again, on a busy machine too."""
@@ -20,9 +20,9 @@ EVERYBODY = [f"node {place}" for place in PLACES] + ["droplet -@10.0.0.50", "lap
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+def watched() -> Iterator[Watched]:
     """The lab, watched and pressed."""
-    with Watched(tmp_path_factory.mktemp("leaks")) as made:
+    with open_directory() as directory, Watched(directory) as made:
         made.press()
         yield made
 
