@@ -32,7 +32,7 @@ UPLINK4 = ipaddress.ip_network("192.0.2.0/30")
 UPLINK6 = [ipaddress.ip_network(text) for text in ("fe80::/64", "2001:db8:1::/64", "ff02::/16")]
 PRIVATE = [ipaddress.ip_network(text) for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")]
 UNSPECIFIED = ipaddress.ip_address("::")
-PLACES = ("bulkhead-100", "bulkhead-102", "bulkhead-200", "bulkhead-warp0", "bulkhead-nm-privacy", "bulkhead-dns-privacy")
+PLACES = ("bulkhead-100", "bulkhead-102", "bulkhead-200", "bulkhead-dns-privacy", "bulkhead-warp0/", "bulkhead-nm-privacy/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +186,6 @@ class Watched:
     def press(self) -> None:
         """From containers and legs, from a peer of the mesh, and through the VPN, whatever state the node is in."""
         demo.connect_vpn(self.lab)
-        route = ["sh", "-c", "ip -6 address add fd00::2/64 dev vpn0 nodad && ip -6 route add 2001:db8:7::2 dev vpn0"]
-        self.run("laptop", *route)
         self.pressers = {
             "node": self._program(self.lab.node, "press", *PLACES, out="node.pressed"),
             "droplet": self._program("droplet", "press", "-@10.0.0.50", out="droplet.pressed"),

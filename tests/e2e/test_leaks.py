@@ -41,7 +41,7 @@ class Pressure:
             f"{place} {kind}"
             for place in places
             for kind in KINDS
-            if (kind != "raw" or place.startswith("node"))
+            if (place.startswith("node") if kind == "raw" else not place.endswith("/"))
             and now.get(f"{place} {kind}", 0) < self._before.get(f"{place} {kind}", 0) + 2
         }
 

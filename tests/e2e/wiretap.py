@@ -5,7 +5,8 @@
 
 A kind is [way, interface, protocol, source, source port, target, target port, kind of the quoted packet or None]; ports
 that are chosen at random are 0, and the type stands for ports of ICMP. A place is NAMESPACE[@ADDRESS]: a name in
-/run/netns, entered whenever it is there, or - for where this is; packets come from ADDRESS. `press` answers every line on
+/run/netns, entered whenever it is there, or - for where this is; packets come from ADDRESS. With a / at the end of the
+name only frames are sent, out of eth0: what a leg says by itself goes into its tunnel, and may. `press` answers every line on
 stdin with how many packets of which kind were sent from each place so far.
 """
 
@@ -28,6 +29,7 @@ from typing import Any
 ETH_P_ALL, ETH_P_IP, ETH_P_IPV6, ETH_P_ARP = 0x0003, 0x0800, 0x86DD, 0x0806
 SOL_PACKET, PACKET_STATISTICS, PACKET_OUTGOING = 263, 6, 4
 SO_RCVBUFFORCE = 33
+TUNNELS = range(51820, 51823)
 RANDOM_PORTS = 32768
 PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmp6", 2: "igmp"}
 ICMP_ERRORS = {3, 4, 5, 11, 12}
@@ -86,7 +88,7 @@ def kind_of(ethertype: int, packet: bytes) -> Kind:
 def _inner(number: int, source: str, target: str, body: bytes) -> Kind:
     protocol = PROTOCOLS.get(number, str(number))
     if protocol in ("tcp", "udp") and len(body) >= 4:
-        ports = [port if port < RANDOM_PORTS else 0 for port in struct.unpack("!HH", body[:4])]
+        ports = [port if port < RANDOM_PORTS or port in TUNNELS else 0 for port in struct.unpack("!HH", body[:4])]
         return [protocol, source, ports[0], target, ports[1], None]
     if protocol in ("icmp", "icmp6") and body:
         errors, ethertype = (ICMP_ERRORS, ETH_P_IP) if protocol == "icmp" else (ICMP6_ERRORS, ETH_P_IPV6)
@@ -111,7 +113,9 @@ class Presser(threading.Thread):
 
     def __init__(self, place: str) -> None:
         super().__init__(daemon=True)
-        self.place, _, self.source = place.partition("@")
+        self.name, _, self.source = place.partition("@")
+        self.place = self.name.rstrip("/")
+        self._ways = ("tcp", "udp", "dns", "icmp", "raw", "ipv6")[4 if self.name.endswith("/") else 0 :]
         self.sent: Counter[str] = Counter()
         self._inside = 0
         self._syns: list[tuple[float, socket.socket]] = []
@@ -120,7 +124,7 @@ class Presser(threading.Thread):
         """For ever."""
         while True:
             if self._enter():
-                for name in ("tcp", "udp", "dns", "icmp", "raw", "ipv6"):
+                for name in self._ways:
                     with contextlib.suppress(OSError):
                         getattr(self, name)()
                         self.sent[name] += 1
@@ -202,13 +206,7 @@ class Presser(threading.Thread):
 
     def ipv6(self) -> None:
         """Who is the router's, and an echo request, whatever the namespace's own settings say."""
-        if self.place == "-":
-            with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6) as sock:
-                if self.source:
-                    raise OSError  # a mesh is IPv4 alone
-                sock.setblocking(False)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"vpn0")
-                sock.sendto(struct.pack("!BBHHH", 128, 0, 0, 1, 1), (INET6, 0))
+        if self.place == "-":  # meshes and the VPN are IPv4 alone
             return
         with frames() as sock:
             own = sock.getsockname()[4]
@@ -283,7 +281,7 @@ def press(places: list[str]) -> None:
         presser.start()
     print('"ready"', flush=True)
     for _ in sys.stdin:
-        found = {f"{presser.place}@{presser.source}".rstrip("@"): dict(presser.sent) for presser in pressers}
+        found = {f"{presser.name}@{presser.source}".rstrip("@"): dict(presser.sent) for presser in pressers}
         print(json.dumps(found), flush=True)
 
 
