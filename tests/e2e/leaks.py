@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Self
 
 from lab import demo, manager
 from lab.manager import LabError, Status
-from lab.traffic import Try, Traffic
+from lab.traffic import Traffic, Try
 
 from .conftest import STATE_FILE
 
@@ -32,7 +33,14 @@ UPLINK4 = ipaddress.ip_network("192.0.2.0/30")
 UPLINK6 = [ipaddress.ip_network(text) for text in ("fe80::/64", "2001:db8:1::/64", "ff02::/16")]
 PRIVATE = [ipaddress.ip_network(text) for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")]
 UNSPECIFIED = ipaddress.ip_address("::")
-PLACES = ("bulkhead-100", "bulkhead-102", "bulkhead-200", "bulkhead-dns-privacy", "bulkhead-warp0/", "bulkhead-nm-privacy/")
+PLACES = (
+    "bulkhead-100",
+    "bulkhead-102",
+    "bulkhead-200",
+    "bulkhead-dns-privacy",
+    "bulkhead-warp0/",
+    "bulkhead-nm-privacy/",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,12 +296,14 @@ class Watched:
     def reaches(self, host: str = "xray", source: str | None = None) -> bool:
         """Whether a new connection to the world is answered."""
         wanted = Try("tcp", INET, 443, source=source, timeout_s=1.0)
-        return self.traffic.attempt(host, wanted).outcome == "reply"
+        with contextlib.suppress(LabError):  # a container may not be there yet
+            return self.traffic.attempt(host, wanted).outcome == "reply"
+        return False
 
-    def events(self, kind: str, *, host: bool) -> int:
-        """How many events of a kind there were."""
-        options = ["--host"] if host else []
-        return len(self.bulkhead("events", *options, "--kind", kind, "--json").splitlines())
+    def events(self) -> Counter[str]:
+        """How many events of each kind there were, of the agent and of the controller."""
+        text = self.bulkhead("events", "--host", "--json") + self.bulkhead("events", "--json")
+        return Counter(json.loads(line)["kind"] for line in text.splitlines())
 
     @contextlib.contextmanager
     def endpoint_cut(self) -> Iterator[None]:

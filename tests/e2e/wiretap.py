@@ -94,7 +94,14 @@ def _inner(number: int, source: str, target: str, body: bytes) -> Kind:
         errors, ethertype = (ICMP_ERRORS, ETH_P_IP) if protocol == "icmp" else (ICMP6_ERRORS, ETH_P_IPV6)
         quoted = kind_of(ethertype, body[8:]) if body[0] in errors else None
         return [protocol, source, body[0], target, body[0], quoted]
-    return [f"{protocol} fragment" if protocol in PROTOCOLS.values() and not body else protocol, source, 0, target, 0, None]
+    return [
+        f"{protocol} fragment" if protocol in PROTOCOLS.values() and not body else protocol,
+        source,
+        0,
+        target,
+        0,
+        None,
+    ]
 
 
 # -- pressing ---------------------------------------------------------------------------------------------------------
@@ -211,7 +218,9 @@ class Presser(threading.Thread):
         with frames() as sock:
             own = sock.getsockname()[4]
             for source in ("fe80::1234", "2001:db8:1::2"):
-                solicit = struct.pack("!BBHI", 135, 0, 0, 0) + socket.inet_pton(socket.AF_INET6, ROUTER6) + b"\x01\x01" + own
+                solicit = (
+                    struct.pack("!BBHI", 135, 0, 0, 0) + socket.inet_pton(socket.AF_INET6, ROUTER6) + b"\x01\x01" + own
+                )
                 sock.send(b"\x33\x33\xff\x00\x00\x01" + own + b"\x86\xdd" + ipv6(source, "ff02::1:ff00:1", solicit))
                 for mac in macs():
                     echo = struct.pack("!BBHHH", 128, 0, 0, 1, 1)
