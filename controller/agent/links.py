@@ -320,7 +320,7 @@ class Interface:
             else:
                 what["scope"] = 253  # on the link
             if route.mtu is not None:
-                what["metrics"] = {"attrs": [("RTAX_MTU", route.mtu)]}
+                what["metrics"] = {"mtu": route.mtu}
             with explained(f"route {route} of {self} cannot be changed"):
                 await net.rtnl.route("replace" if verb == "add" else "del", **what)
 
