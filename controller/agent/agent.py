@@ -37,7 +37,7 @@ from controller.statefile import Loaded, load
 
 LOG = logging.getLogger("bulkhead.agent")
 RELOAD_S = 0.25
-LOCK, STATUS = "agent.lock", "status.json"
+LOCK, UP_LOCK, STATUS = "agent.lock", "up.lock", "status.json"
 
 
 class Agent:
@@ -191,7 +191,7 @@ class Agent:
             now = self.describe()
             if now != before:
                 before = now
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(BulkheadError):
                     write_atomically(path, json.dumps(now, indent=1), 0o644)
             self._log.tick()
             await asyncio.sleep(0.05)
@@ -220,11 +220,14 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 @contextlib.contextmanager
-def only_one(settings: Settings) -> Iterator[None]:
-    """Hold the lock of the run directory. Raises `Failed` naming the process that holds it."""
-    settings.own_dir.mkdir(parents=True, exist_ok=True)
-    path = settings.own_dir / LOCK
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def only_one(settings: Settings, lock: str = LOCK) -> Iterator[None]:
+    """Hold a lock of the run directory. Raises `Failed` naming the process that holds it."""
+    path = settings.own_dir / lock
+    try:
+        settings.own_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise Failed(f"{path} cannot be made: {exc.strerror}; mend it, or use another --run-dir") from exc
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -233,16 +236,19 @@ def only_one(settings: Settings) -> Iterator[None]:
             raise Failed(
                 f"an agent runs already for {settings.run_dir} (process {holder}); stop that one, or use another --run-dir"
             ) from exc
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        # Always as long, so that a full disk does not matter the next time.
+        try:
+            os.pwrite(descriptor, f"{os.getpid():<10}\n".encode(), 0)
+        except OSError as exc:
+            raise Failed(f"{path} cannot be written: {exc.strerror}; make room there") from exc
         yield
     finally:
         os.close(descriptor)
 
 
-def holder(settings: Settings) -> int | None:
-    """The process that holds the lock of the run directory."""
-    path = settings.own_dir / LOCK
+def holder(settings: Settings, lock: str = LOCK) -> int | None:
+    """The process that holds a lock of the run directory."""
+    path = settings.own_dir / lock
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -268,7 +274,12 @@ def serve(settings: Settings) -> None:
     require_root()
     loaded = load(settings.state_file)
     with only_one(settings):
-        settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as exc:
+            raise Failed(
+                f"{settings.state_dir} cannot be made: {exc.strerror}; mend it, or use another --state-dir"
+            ) from exc
         os.umask(0o022)
         with EventLog(settings.events_dir) as log:
             asyncio.run(Agent(settings, loaded, log).run())

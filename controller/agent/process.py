@@ -71,6 +71,15 @@ class Record:
         found = _stat(self.pid)
         return found is not None and found[0] not in "ZX" and found[1] == self.started
 
+    @property
+    def has_left(self) -> bool:
+        """Whether the process has ended and others of its group have not. The kernel gives no process the id of a group
+        that is there still."""
+        found = _stat(self.pid)
+        if found is not None and (found[0] not in "ZX" or found[1] != self.started):
+            return False
+        return any(_of_group(path, self.pid) for path in Path("/proc").glob("[0-9]*/stat"))
+
 
 class Programs:
     """The programs whose records are in one directory."""
@@ -82,11 +91,13 @@ class Programs:
     def record(self, name: str) -> Record | None:
         """The living process of that name."""
         self._reap()
+        record = self._read(name)
+        return record if record is not None and record.lives else None
+
+    def _read(self, name: str) -> Record | None:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             found = json.loads(read_or_none(self._path(name)) or "")
-            record = Record(int(found["pid"]), int(found["started"]), str(found["digest"]))
-            if record.lives:
-                return record
+            return Record(int(found["pid"]), int(found["started"]), str(found["digest"]))
         return None
 
     def names(self) -> list[str]:
@@ -136,27 +147,25 @@ class Programs:
             await asyncio.sleep(0.005)
 
     async def stop(self, name: str) -> None:
-        """End it by SIGTERM, after `STOP_S` by SIGKILL, and forget it."""
-        record = self.record(name)
+        """End it and what it has started by SIGTERM, after `STOP_S` by SIGKILL, and forget it. Raises `Failed`."""
+        await self.end(name)
+        for path in (self._path(name), self.log(name)):
+            path.unlink(missing_ok=True)
+
+    async def end(self, name: str) -> None:
+        """The same, and remember what it said."""
+        record = self._read(name)
         if record is not None:
             for number in (signal.SIGTERM, signal.SIGKILL):
                 if await self._end(record, number):
                     break
             else:
                 raise Failed(f"{name} (process {record.pid}) does not end; look why: cat /proc/{record.pid}/stack")
-        for path in (self._path(name), self.log(name)):
-            path.unlink(missing_ok=True)
 
     async def _end(self, record: Record, number: signal.Signals) -> bool:
-        with contextlib.suppress(ProcessLookupError):
-            descriptor = os.pidfd_open(record.pid)
-            try:
-                if record.lives:  # looked at through the descriptor's process: an id is not used twice meanwhile
-                    signal.pidfd_send_signal(descriptor, number)
-            finally:
-                os.close(descriptor)
+        _signal(record, number)
         deadline = time.monotonic() + STOP_S
-        while record.lives:
+        while record.lives or record.has_left:
             if time.monotonic() > deadline:
                 return False
             await asyncio.sleep(0.02)
@@ -177,6 +186,28 @@ def _stat(pid: int) -> tuple[str, int] | None:
         return None
     fields = text.rpartition(")")[2].split()
     return fields[0], int(fields[19])
+
+
+def _of_group(path: Path, group: int) -> bool:
+    """Whether the process of a stat file is of a group, and no zombie."""
+    with contextlib.suppress(OSError):
+        state, _parent, found = path.read_text(errors="replace").rpartition(")")[2].split()[:3]
+        return int(found) == group and state not in "ZX"
+    return False
+
+
+def _signal(record: Record, number: signal.Signals) -> None:
+    """Tell a process and all those of its group, which outlive it otherwise."""
+    with contextlib.suppress(ProcessLookupError):
+        if record.has_left:
+            os.killpg(record.pid, number)
+            return
+        descriptor = os.pidfd_open(record.pid)
+        try:
+            if record.lives:  # while the descriptor is open and this is so, the id is of no other
+                os.killpg(record.pid, number)
+        finally:
+            os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +268,8 @@ class Process:
 
     async def _start(self) -> None:
         self._starts.append(time.monotonic())
+        if self._programs.record(self._program.name) is None:
+            await self._programs.end(self._program.name)  # what it had started may run still
         self._programs.start(self._program)
         await self._programs.appear(self._program.name)
 

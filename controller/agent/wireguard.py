@@ -229,6 +229,11 @@ class WireGuard:
     async def _start_userspace(self) -> None:
         if self._programs.record(self._program) is not None:
             await self._programs.stop(self._program)  # it runs, and its device is gone: it will not make another
+        if _answers(_SOCKETS / f"{self._interface}.sock"):
+            raise Failed(
+                f"another WireGuard interface of this host is called {self._interface} too, and programs could not tell them "
+                "apart; rename one of them"
+            )
         (_SOCKETS / f"{self._interface}.sock").unlink(missing_ok=True)
         command = ("wireguard-go", "-f", self._interface)
         self._programs.start(Program(self._program, command, self._socket_namespace))
@@ -328,6 +333,13 @@ class WireGuard:
         """Seconds since the youngest handshake, None before the first."""
         ages = [peer.age_s for peer in await self.status() if peer.age_s is not None]
         return min(ages, default=None)
+
+
+def _answers(path: Path) -> bool:
+    """Whether a process listens at a socket; one that is left over has none."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
+        sock.settimeout(1)
+        return sock.connect_ex(str(path)) == 0
 
 
 async def _dump(interface: str, namespace: str) -> Shown:
