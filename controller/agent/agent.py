@@ -29,6 +29,7 @@ from controller.agent.reconciler import Done, Faults, Phase, Reconciler
 from controller.agent.resource import Failed
 from controller.agent.settings import Settings
 from controller.agent.teardown import leftovers
+from controller.agent.telling import Limiter
 from controller.agent.vpn import Clients
 from controller.eventlog import EventLog
 from controller.events import Event, Kind
@@ -49,6 +50,7 @@ class Agent:
         self._log = log
         self._started = time.monotonic()
         self._ready = False
+        self._limiter = Limiter()
         self.reconciler = Reconciler(self._step, self._trouble, Faults.from_environment())
         self.nets = Nets(self.reconciler.changed)
         self.ovsdb = Ovsdb(settings.ovsdb, self.reconciler.ovsdb_changed)
@@ -173,6 +175,8 @@ class Agent:
         self._tell(Kind.HOST_ERROR, f"{key}: {why}", key)
 
     def _tell(self, kind: Kind, text: str, key: str | None = None, network: str | None = None) -> None:
+        if key is not None and not self._limiter.admit(key, time.monotonic()):
+            return
         LOG.info("%s: %s", kind, text)
         try:
             self._log.append(Event(kind, text, object=key, network=network))
@@ -193,6 +197,9 @@ class Agent:
                 before = now
                 with contextlib.suppress(BulkheadError):
                     write_atomically(path, json.dumps(now, indent=1), 0o644)
+            for key, count in self._limiter.withheld(time.monotonic()).items():
+                text = f"{key}: {count} more events of its kind were not recorded; what changes it again and again?"
+                self._tell(Kind.HOST_ERROR, text)
             self._log.tick()
             await asyncio.sleep(0.05)
 

@@ -196,7 +196,8 @@ async def our_links(nets: Nets) -> list[str]:
 class Interface:
     """What an interface in a namespace of ours is: up, with addresses, routes and permanent neighbours.
 
-    With `exact` whatever else is on it is taken away; otherwise only what contradicts.
+    With `exact` whatever else is on it is taken away; otherwise only what contradicts, and of a namespace's interface
+    the other addresses, which nobody would let through.
     """
 
     period = 5.0
@@ -247,7 +248,7 @@ class Interface:
 
     def _address_changes(self, have: set[str]) -> Iterator[Change]:
         for text in sorted(have - set(self._addresses)):
-            if self._exact:
+            if self._exact or self._namespace is not None:
                 yield Change(Sign.REMOVE, f"address {text} of {self}", "nobody wants it", self._address("del", text))
         for text in self._addresses:
             if text not in have:

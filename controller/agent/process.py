@@ -26,7 +26,9 @@ STOP_S = 3.0
 LOG_BYTES = 1 << 20
 """A log longer than that begins anew with the next start."""
 OFTEN, OFTEN_S = 3, 10.0
-"""A program that was started so many times within so many seconds is not started again at once."""
+"""A program that was started so many times, each within so many seconds of the one before, is not started again at once:"""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+"""The pause doubles from start to start."""
 
 # Becomes the program, with the same process id and start time; the record is there before it.
 _LAUNCH = (
@@ -244,16 +246,14 @@ class Process:
         self.key = f"process/{program.name}"
         self.needs = tuple(needs)
         self.watches: tuple[str | None, ...] = ()
-        self._starts: list[float] = []
+        self._starts, self._started_at = 0, 0.0
+        self._not_before, self._pause_s = 0.0, FIRST_PAUSE_S
 
     async def diff(self) -> list[Change]:
         record = self._programs.record(self._program.name)
         what = f"process {self._program.name}"
         if record is None:
-            now = time.monotonic()
-            self._starts = [at for at in self._starts if now - at < OFTEN_S]
-            if len(self._starts) >= OFTEN:
-                self._starts.clear()
+            if time.monotonic() < self._not_before:
                 words = self._programs.last_words(self._program.name)
                 raise Failed(
                     f"{what} ends again and again; it says: {words}. Its log: {self._programs.log(self._program.name)}"
@@ -267,7 +267,12 @@ class Process:
         return []
 
     async def _start(self) -> None:
-        self._starts.append(time.monotonic())
+        now = time.monotonic()
+        if now - self._started_at > OFTEN_S + self._pause_s:
+            self._starts, self._pause_s = 0, FIRST_PAUSE_S
+        self._starts, self._started_at = self._starts + 1, now
+        if self._starts >= OFTEN:
+            self._not_before, self._pause_s = now + self._pause_s, min(2 * self._pause_s, LONGEST_PAUSE_S)
         if self._programs.record(self._program.name) is None:
             await self._programs.end(self._program.name)  # what it had started may run still
         self._programs.start(self._program)
