@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from controller.statefile import Loaded, load
 
 LOG = logging.getLogger("bulkhead.agent")
 RELOAD_S = 0.25
+AGAIN_S = 1.0
 LOCK, UP_LOCK, STATUS = "agent.lock", "up.lock", "status.json"
 
 
@@ -47,6 +48,7 @@ class Agent:
     def __init__(self, settings: Settings, loaded: Loaded, log: EventLog) -> None:
         self._settings = settings
         self._loaded = loaded
+        self._wanted: Loaded | None = None
         self._log = log
         self._started = time.monotonic()
         self._ready = False
@@ -106,6 +108,7 @@ class Agent:
         parts = Parts(self._settings, self.nets, self.ovsdb, self.controller, self.programs, self.lxc, datapath)
         resources = build(self._loaded.state, self._loaded.host, parts)
         self.reconciler.want([*await leftovers(parts, resources), *resources])
+        self._wanted = self._loaded
         self._clients = parts.clients
         for task in self._probes:
             task.cancel()
@@ -115,24 +118,39 @@ class Agent:
     # ------------------------------------------------------------------------------------------------- the state file
 
     async def _follow_file(self, reload: asyncio.Event) -> None:
-        path = self._settings.state_file
-        seen, before = _stamp(path), _stamp(path)
-        secrets, clients = self._secrets(), self._clients.stamp if self._clients is not None else ()
+        follower = self._follower(reload)
         while not self.stop.is_set():
             await asyncio.sleep(RELOAD_S)
+            try:
+                await follower()
+            except Exception as exc:  # what is there must go on being healed
+                why = str(exc) if isinstance(exc, BulkheadError) else f"{type(exc).__name__}: {exc}"
+                self._trouble("state", f"what {self._settings.state_file} says is not taken up yet: {why}")
+                await asyncio.sleep(AGAIN_S)
+
+    def _follower(self, reload: asyncio.Event) -> Callable[[], Awaitable[None]]:
+        path = self._settings.state_file
+        seen = before = _stamp(path)
+        secrets, clients = self._secrets(), self._clients.stamp if self._clients is not None else ()
+
+        async def look() -> None:
+            nonlocal seen, before, secrets, clients
             if self._clients is not None and clients != (now_clients := self._clients.stamp):
                 clients = now_clients
                 self.reconciler.touch("wireguard/")
-            if secrets != (now_secrets := self._secrets()):
-                secrets = now_secrets
+            now_secrets = self._secrets()
+            if secrets != now_secrets or self._wanted is not self._loaded:
                 await self._want()
-            now = _stamp(path)
+                secrets = now_secrets
+            now, last = _stamp(path), before
+            before = now
             # A file that is still being written is read once it has stopped changing.
-            if reload.is_set() or before == now != seen:
+            if reload.is_set() or last == now != seen:
                 seen = now
                 reload.clear()
                 await self._reload(path)
-            before = now
+
+        return look
 
     def _secrets(self) -> list[tuple[int, int, int] | None]:
         """Stamps of the files that the state file names: another configuration means other addresses and rules."""

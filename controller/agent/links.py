@@ -102,12 +102,13 @@ class Veth:
             raise Failed(
                 f"{self.near} is there already and is {_a(near.kind)}, not a veth; rename it, or the port in the state file"
             )
-        if near is not None and near.group != GROUP:
+        joined = near is not None and far is not None and near.peer == far.index and far.peer == near.index
+        if near is not None and near.group != GROUP and not (joined and far is not None and far.group == GROUP):
             raise Failed(
                 f"{self.near} is there already and is not ours; take it away (ip link delete {self.near.name}), or name "
                 "the port otherwise in the state file"
             )
-        if near is None or far is None or near.peer != far.index or far.peer != near.index:
+        if not joined:
             steps = []
             for end, link in ((self.near, near), (self.far, far)):
                 if link is not None:
@@ -119,6 +120,9 @@ class Veth:
     def _settings(self, near: Link | None, far: Link | None) -> list[Change]:
         out = []
         for end, link in ((self.near, near), (self.far, far)):
+            if link is not None and link.group != GROUP:
+                mark = self._setting(end, group=GROUP)
+                out.append(Change(Sign.CHANGE, f"interface {end}", "not marked as ours", mark))
             if link is not None and link.mtu != end.mtu:
                 why = f"it is {link.mtu}, not {end.mtu}"
                 out.append(Change(Sign.CHANGE, f"MTU of {end}", why, self._setting(end, mtu=end.mtu)))

@@ -12,7 +12,7 @@ import json
 import socket
 import warnings
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +258,8 @@ class Bridge:
             bridge = _find(tables, "Bridge", self.name)
             if bridge is None:
                 bridge = self._insert(tables, insert)
+            elif MARK not in bridge.external_ids and self._looks_made(bridge):
+                bridge.setkey("external_ids", MARK, "made")
             elif MARK not in bridge.external_ids:
                 bridge.setkey("external_ids", BEFORE, json.dumps(_before(bridge)))
                 bridge.setkey("external_ids", MARK, "taken")
@@ -280,6 +282,11 @@ class Bridge:
                 bridge.controller = [row]
 
         await self._ovsdb.change(f"bridge {self.name}", work)
+
+    def _looks_made(self, bridge: Any) -> bool:
+        """Whether only our mark is missing: set up as by us, and nobody else's ports on it."""
+        only_ours = all(port.name == self.name or MARK in port.external_ids for port in bridge.ports)
+        return only_ours and not self._differs(replace(_bridge(bridge), mark="made"))
 
     def _insert(self, tables: Any, insert: Any) -> Any:
         interface, port, bridge = (insert(tables[table]) for table in ("Interface", "Port", "Bridge"))
