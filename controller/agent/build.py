@@ -15,7 +15,7 @@ from controller.agent.gate import Controller, Gate
 from controller.agent.health import Watched
 from controller.agent.hosttable import HostTable, default_uplinks
 from controller.agent.keys import KeyStore
-from controller.agent.links import End, Interface, Namespace, Veth
+from controller.agent.links import End, Interface, Namespace, Veth, our_links
 from controller.agent.lxc import Lxc, LxcContainer
 from controller.agent.names import Names, dnsmasq_command
 from controller.agent.netlink import Nets, Route
@@ -104,8 +104,11 @@ def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
     names = [name for of_bridge in ports.values() for name in of_bridge]
     if parts.datapath == Datapath.NETDEV:
         out.append(NftTable("netdev", lambda: ingress_table(name for name in names if _exists(name)), own_dir))
+    # Asked for each time: the uplinks are those that a default route leads to, and it may come later, and move.
     out.append(Sysctls(lambda: _host_settings(state, host, names), state_dir=parts.settings.state_dir))
-    out += (Ports(parts.ovsdb, name, tuple(of_bridge)) for name, of_bridge in ports.items())
+    out += (
+        Ports(parts.ovsdb, name, tuple(of_bridge), partial(our_links, parts.nets)) for name, of_bridge in ports.items()
+    )
     for network in state.networks:
         out += _host_side(network, mtus[network.name], parts)
     for network, member, container in running:
