@@ -7,7 +7,7 @@ put it back for. Imports files, netns, resource, run.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from controller.agent.files import read_or_none, write_atomically
@@ -27,19 +27,19 @@ class Sysctls:
     of IPv6 where there is none, is as wanted.
 
     `name` tells several apart. In the host's namespace (None) `state_dir` is where the values before are kept; without
-    it they are not.
+    it they are not. A `wanted` that is asked for anew each time follows, say, the default route.
     """
 
     def __init__(
         self,
-        wanted: Settings,
+        wanted: Settings | Callable[[], Settings],
         namespace: str | None = None,
         *,
         name: str = "",
         state_dir: Path | None = None,
         needs: Sequence[str] = (),
     ) -> None:
-        self.wanted = dict(wanted)
+        self._wanted = wanted
         self.namespace = namespace
         self.key = "/".join(filter(None, ("sysctl", namespace or "host", name)))
         self.needs = tuple(needs)
@@ -47,21 +47,32 @@ class Sysctls:
         self._before = state_dir / BEFORE if state_dir is not None and namespace is None else None
 
     async def diff(self) -> list[Change]:
-        """Write each that is otherwise."""
+        """Write each that is otherwise, and put back what is wanted no longer."""
+        wanted = self._wanted() if callable(self._wanted) else self._wanted
         if self.namespace is not None and not (NETNS_DIR / self.namespace).exists():
-            return [self._change(path, None) for path in self.wanted]
-        found = self._there(_read_all(self.wanted))
-        return [self._change(path, value) for path, value in found.items() if value != self.wanted[path]]
+            return [self._change(path, None, value) for path, value in wanted.items()]
+        found = self._there(_read_all(wanted))
+        out = [self._change(path, value, wanted[path]) for path, value in found.items() if value != wanted[path]]
+        kept = _kept(self._before) if self._before is not None else {}
+        return out + [self._putting_back(path, value) for path, value in kept.items() if path not in wanted]
 
-    def _change(self, path: str, value: str | None) -> Change:
+    def _change(self, path: str, value: str | None, wanted: str) -> Change:
         async def write() -> None:
             if self._before is not None and value is not None:
                 _keep(self._before, path, value)
-            self._there(_write(path, self.wanted[path]))
+            self._there(_write(path, wanted))
 
         place = f" in {self.namespace}" if self.namespace else ""
         why = "not known yet" if value is None else f"is {value}"
-        return Change(Sign.CHANGE, f"sysctl {path}={self.wanted[path]}{place}", why, write)
+        return Change(Sign.CHANGE, f"sysctl {path}={wanted}{place}", why, write)
+
+    def _putting_back(self, path: str, value: str) -> Change:
+        async def write() -> None:
+            assert self._before is not None
+            _write(path, value)()
+            _forget(self._before, path)
+
+        return Change(Sign.REMOVE, f"sysctl {path}", f"wanted no longer, it was {value} before", write)
 
     def _there(self, function: _Step) -> dict[str, str]:
         # Our own namespace needs no thread: these files answer at once.
@@ -114,6 +125,12 @@ def _keep(before: Path, path: str, value: str) -> None:
         write_atomically(before, json.dumps({**kept, path: value}, indent=1, sort_keys=True), 0o644)
 
 
+def _forget(before: Path, path: str) -> None:
+    kept = _kept(before)
+    if kept.pop(path, None) is not None:
+        write_atomically(before, json.dumps(kept, indent=1, sort_keys=True), 0o644)
+
+
 def restore(state_dir: Path) -> list[str]:
     """Put back what the host's settings were before the first change; answers which, as `path=value`. Raises `Failed`.
 
@@ -148,7 +165,7 @@ def leg(tunnel: str, port: str = "eth0") -> dict[str, str]:
     quiet = {"accept_redirects": 0, "secure_redirects": 0, "send_redirects": 0, "accept_source_route": 0}
     return {
         "net/ipv4/ip_forward": "1",
-        **_each(6, ("all", "default"), disable_ipv6=1),
+        **_each(6, ("all", "default", "lo", port, tunnel), disable_ipv6=1),
         **_each(4, ("all", "default", port, tunnel), rp_filter=0, arp_announce=2, arp_ignore=1, **quiet),
     }
 
@@ -157,7 +174,8 @@ def container(*, forwards: bool = False) -> dict[str, str]:
     """Of a container's namespace: no IPv6; only the VPN's gateway forwards."""
     return {
         "net/ipv4/ip_forward": str(int(forwards)),
-        **_each(6, ("all", "default"), disable_ipv6=1),
+        # Each by itself as well: "all" that is 1 already is not written again.
+        **_each(6, ("all", "default", "lo", "eth0"), disable_ipv6=1),
         **(_each(4, ("all", "default"), accept_redirects=0, send_redirects=0) if forwards else {}),
     }
 
