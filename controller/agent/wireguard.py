@@ -212,7 +212,7 @@ class WireGuard:
     async def _find(self, namespace: str | None) -> Link | None:
         if not self._nets.exists(namespace):
             return None
-        return (await (await self._nets.get(namespace)).links()).get(self._interface)
+        return await (await self._nets.get(namespace)).link(self._interface)
 
     async def _make(self) -> None:
         net = await self._nets.get(self._socket_namespace)
