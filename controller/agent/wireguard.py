@@ -218,7 +218,7 @@ class WireGuard:
     async def _find(self, namespace: str | None) -> Link | None:
         if not self._nets.exists(namespace):
             return None
-        return (await (await self._nets.get(namespace)).links()).get(self._interface)
+        return await (await self._nets.get(namespace)).link(self._interface)
 
     async def _answer(self) -> Shown | None:
         """What our `wireguard-go` says; None if there is none. One that was silent twice in a row hangs."""
