@@ -67,7 +67,8 @@ def test_five_megabytes_each_way(bulk: Status, path: str) -> None:
     assert all(outcome["s"] < 10 for outcome in found), found
 
 
-@pytest.mark.parametrize("path", PATHS)
+# The VPN's server sends no fragments of its own into the tunnel: they could be pieces of replies to clients.
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "the world from the VPN's server"])
 def test_long_datagrams(bulk: Status, path: str) -> None:
     """Those that may be cut up arrive, and so does what comes back; of others the sender learns that they are too long."""
     sizes = (1200, 1400, 4000)
