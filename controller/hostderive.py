@@ -33,8 +33,8 @@ from controller.stateschema import IFNAMSIZ, ContainerSpec, NetmakerNetwork, Pee
 
 API_PORTS = (8006, 9573, 9574)
 """Proxmox's and the API's: loopback and management only, whatever a file opens."""
-VPN_MTU_COST = 60
-"""Bytes that WireGuard adds to a packet over IPv4."""
+IPV6_MTU = 1280
+"""Less, and a client's interface has no IPv6: wg-quick fails where it is to send IPv6 into the tunnel."""
 PROBE = Probe(Ipv4.parse("1.1.1.1"))
 RESOLVER_HOST = 53
 
@@ -267,7 +267,7 @@ def _vpn(notes: Notes, spec: StateSpec, networks: Sequence[Network], zones: Sequ
             private_key_file=server.private_key_file,
             addresses=((Ipv4(pool.address + 1), pool.length),),
             listen_port=server.listen_port,
-            mtu=outer - VPN_MTU_COST,
+            mtu=max(IPV6_MTU, min(outer, MTU_DEFAULT)),
         ),
         pool=pool,
         endpoint=server.endpoint,

@@ -110,7 +110,7 @@ def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
         Ports(parts.ovsdb, name, tuple(of_bridge), partial(our_links, parts.nets)) for name, of_bridge in ports.items()
     )
     for network in state.networks:
-        out += _host_side(network, mtus[network.name], parts)
+        out += _host_side(network, parts)
     for network, member, container in running:
         out += _container(state, host, network, member, container, parts)
         if host.vpn is not None and host.vpn.container_id == member.id:
@@ -134,13 +134,12 @@ def _host_settings(state: DesiredState, host: HostState, ports: list[str]) -> di
     return wanted
 
 
-def _host_side(network: Network, mtu: int, parts: Parts) -> list[Resource]:
+def _host_side(network: Network, parts: Parts) -> list[Resource]:
     """The host's own address on a bridge, and its way to the VPN server for clients that come in by an uplink."""
     addresses = (f"{network.host}/{network.subnet.length}",) if network.host is not None else ()
     routes: tuple[Route, ...] = ()
     if network.vpn is not None and network.host is None:
-        # What is too long for the server's container is cut up here: it could only drop it.
-        routes = (Route(f"{network.member(network.vpn.member_id).address}/32", mtu=mtu),)
+        routes = (Route(f"{network.member(network.vpn.member_id).address}/32"),)
     if not addresses and not routes:
         return []
     needs = (f"bridge/{network.bridge}",)
@@ -200,16 +199,19 @@ def _leg_tunnel(network: Network, leg: Leg, config: WgConfig, parts: Parts) -> l
 def _leg_links(network: Network, leg: Leg, config: WgConfig, mtu: int, parts: Parts) -> list[Resource]:
     namespace = namespace_of(leg.port)
     addresses = tuple(address for address, _ in config.addresses)
+    # Routes into the network have the MTU that containers have: what is longer is cut up here, or its sender is told.
+    # They would drop it in silence.
     if leg.role is Role.EGRESS:
         assert network.egress is not None
         mac = network.egress.mac
-        routes = tuple(Route(str(prefix), NEXT_HOP) for prefix in network.prefixes)
+        routes = tuple(Route(str(prefix), NEXT_HOP, mtu=mtu) for prefix in network.prefixes)
     else:
         assert network.mesh is not None
         mac = network.mesh.mac
-        routes = (Route("default", NEXT_HOP),)
-    # No more than containers take: what comes in longer is cut up here, or its sender is told. They would only drop it.
-    near, far = End(leg.port), End("eth0", namespace, str(mac), mtu)
+        routes = (Route("default", NEXT_HOP, mtu=mtu),)
+        if network.vpn is not None:
+            routes += (Route(f"{network.member(network.vpn.member_id).address}/32", NEXT_HOP),)
+    near, far = End(leg.port), End("eth0", namespace, str(mac))
     own = (f"namespace/{namespace}",)
     # Rules come before anything that could carry a packet.
     return [
@@ -247,8 +249,9 @@ def mtu_of(network: Network, host: HostState, parts: Parts) -> int:
 
 def _container_links(network: Network, member: Member, mtu: int, parts: Parts) -> list[Resource]:
     namespace = namespace_of(member.id)
-    near, far = End(member.port), End("eth0", namespace, str(member.mac), mtu)
     forwards = network.vpn is not None and network.vpn.member_id == member.id
+    # What the VPN's clients send comes in wrapped up, and longer by that.
+    near, far = End(member.port), End("eth0", namespace, str(member.mac), 1500 if forwards else mtu)
     return [
         Namespace(parts.nets, namespace),
         Sysctls(sysctls.container(forwards=forwards), namespace, needs=(f"namespace/{namespace}",)),

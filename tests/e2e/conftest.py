@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from lab import manager, places
+from lab import demo, manager, places
 from lab.manager import Status
 
 STATE_FILE = places.example()
@@ -40,3 +41,16 @@ def fresh_lab(lab: Status) -> Status:
         command = ["ovs-ofctl", "-O", "OpenFlow14", "del-flows", bridge, "table=60"]
         assert manager.exec(lab.run_dir, None, "host", command) == 0
     return lab
+
+
+@pytest.fixture(scope="session")
+def nodes_lab() -> Iterator[Status]:
+    """The lab of whole nodes, up, with the laptop in the VPN. For tests that only use it."""
+    with tempfile.TemporaryDirectory(prefix="bulkhead-") as directory:
+        Path(directory).chmod(0o711)  # resolvers have no rights there and have to pass through
+        status = manager.up(STATE_FILE, Path(directory, "lab"), nodes=True)
+        try:
+            demo.connect_vpn(status)
+            yield status
+        finally:
+            manager.down(status.run_dir)

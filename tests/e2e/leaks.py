@@ -212,7 +212,7 @@ class Watched:
     def seen(self, tap: str) -> list[Seen]:
         """Kinds of packets that came by."""
         return [
-            Seen(*line[:7], tuple(line[7]) if line[7] is not None else None)
+            Seen(*line[:7], quoted=tuple(line[7]) if line[7] is not None else None)
             for line in self.taps[tap].lines()
             if isinstance(line, list)
         ]

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from lab.traffic import Try
+
 from .leaks import EXIT, INET, MARK, PLACES, Watched, one_line, open_directory, until
 
 WITHIN_S = 10.0
@@ -65,14 +67,8 @@ def assert_tight(watched: Watched) -> None:
 def test_what_leaks_would_be_seen(watched: Watched) -> None:
     """Packets beside the tunnels, and packets with a private address, are seen wherever there is a tap."""
     watched.node("sh", "-c", f"echo leak | socat - UDP4-SENDTO:{INET}:{MARK}")
-    spoof = (
-        "import socket, struct\n"
-        "ends = socket.inet_aton('10.0.0.102') + socket.inet_aton('%s')\n"
-        "head = struct.pack('!BBHHHBBH', 0x45, 0, 32, 0, 0, 64, 17, 0) + ends\n"
-        "sock = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)\n"
-        "sock.sendto(head + struct.pack('!HHHH', %d, %d, 12, 0) + b'leak', ('%s', 0))\n" % (INET, MARK, MARK, INET)
-    )
-    watched.run("admin", "python3", "-I", "-c", spoof)
+    forged = Try("udp", INET, MARK, spoof="10.0.0.102")
+    watched.traffic.attempt("admin", forged)
 
     def seen() -> set[str]:
         return {line.partition(":")[0] for line in watched.leaks(marked=True)}
