@@ -155,7 +155,7 @@ def test_neighbour_on_the_uplink(traffic: Traffic, nodes_lab: Status, tmp_path: 
 
 def test_ipv6_and_frames(traffic: Traffic, nodes_lab: Status, tmp_path: Path) -> None:
     """Containers that send frames of their own making: none of IPv6 gets out of a port, nor any to the other network."""
-    places = {host: "eth0" for host in (*PRIVACY, *MANAGEMENT)} | {"oo1424oo": "vmbr1", "droplet": "any"}
+    places = dict.fromkeys((*PRIVACY, *MANAGEMENT), "eth0") | {"oo1424oo": "vmbr1", "droplet": "any"}
     del places["xray"], places["mcp-server"]
     taps = {host: Program(nodes_lab, host, "watch", where, out=tmp_path / host) for host, where in places.items()}
     presser = Program(nodes_lab, "oo1424oo", "press", "bulkhead-102", "bulkhead-200", out=tmp_path / "pressed")
