@@ -26,7 +26,7 @@ from lab.ovs import Here, LabError, Namespace, PrivateOvs, die_with_parent
 WATCH_S = 0.5
 OUTSIDERS = ("warp", "droplet", "laptop", "admin", "inet")
 _NODE = (
-    "mount --make-rprivate / && for d in /run/netns /run/wireguard /run/lxc; do mkdir -p $d && mount -t tmpfs own $d; done && "
+    "mount --make-rprivate / && mount -t sysfs own /sys && for d in /run/netns /run/wireguard /run/lxc; do mkdir -p $d && mount -t tmpfs own $d; done && "
     # /etc/netns is made by the agent: in a copy, since it must not be made on the host.
     "mkdir -p $1/etc && cp -a /etc/. $1/etc && mount --bind $1/etc /etc && echo ready && exec sleep infinity"
 )
@@ -174,7 +174,7 @@ class World:
             "root",
             "-x",
             "",
-            f"--address=/example.test/{nodes.INET}",
+            "--address=/example.test/1.2.3.4",
             "-8",
             "-",
         ]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from controller.agent import sysctls
 from controller.agent.etc import NETNS_ETC, TextFile, resolvers
@@ -116,7 +116,11 @@ def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
 
 
 def _exists(name: str) -> bool:
-    return Path("/sys/class/net", name).exists()
+    """Asked by a system call: /sys may be that of another network namespace."""
+    try:
+        return socket.if_nametoindex(name) > 0
+    except OSError:
+        return False
 
 
 def _host_settings(state: DesiredState, host: HostState, ports: list[str]) -> dict[str, str]:

@@ -60,6 +60,15 @@ def test_a_second_agent_is_refused(host: BareHost) -> None:
     assert "an agent runs already" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_verify_finds_the_host_sound(host: BareHost) -> None:
+    done = host.bulkhead("verify", str(host.state_file), *host.options("ovsdb"))
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    listed = host.machine.run("nft", "list", "table", "netdev", "bulkhead")
+    ports = [name for bridge in ("vmbr0", "vmbr1", "mesh-privacy", "mesh-mgmt") for name in host.ovs.vsctl("list-ports", bridge).split()]  # fmt: skip
+    assert len(ports) == 12
+    assert all(f'device "{name}"' in listed for name in ports)
+
+
 DAMAGE = {
     "veth": "ip link delete veth102",
     "port": "ovs-vsctl --db={db} del-port vmbr0 veth102",
@@ -79,6 +88,16 @@ DAMAGE = {
     "neighbour": "ip -n bulkhead-warp0 neighbour delete 169.254.0.1 dev eth0",
     "leg-route": "ip -n bulkhead-warp0 route delete 10.0.0.0/24",
     "pair": "ip link delete to-privacy",
+    "rule": "nft insert rule inet bulkhead forward accept",
+    "table": "nft delete table inet bulkhead",
+    "ingress": "nft delete table netdev bulkhead",
+    "leg-rule": "ip netns exec bulkhead-warp0 nft insert rule inet bulkhead forward accept",
+    "sysctl": "sysctl -qw net.ipv6.conf.veth102.disable_ipv6=0",
+    "leg-sysctl": "ip netns exec bulkhead-warp0 sysctl -qw net.ipv4.ip_forward=0",
+    "tunnel": "ip -n bulkhead-warp0 link delete wg-warp0",
+    "tunnel-route": "ip -n bulkhead-warp0 route delete default",
+    "tunnel-key": "wg genkey | ip netns exec bulkhead-warp0 wg set wg-warp0 private-key /dev/stdin",
+    "host-address": "ip address delete 10.1.0.1/24 dev vmbr1",
 }
 
 
