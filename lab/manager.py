@@ -57,7 +57,6 @@ _NODE_PROGRAMS = {
     "dnsmasq": "dnsmasq-base",
     "microsocks": "microsocks",
     "socat": "socat",
-    "sysctl": "procps",
 }
 """What each lab runs, and the Debian package it is in; both run `_PROGRAMS`."""
 

@@ -143,7 +143,7 @@ class World:
             "ip address add 172.16.0.1/32 dev warp-wg0",
             "ip route add 172.16.0.0/24 dev warp-wg0",
             "ip route add 10.0.0.0/24 dev warp-wg0",
-            "sysctl -qw net.ipv4.ip_forward=1",
+            "echo 1 > /proc/sys/net/ipv4/ip_forward",
             "nft add table ip exit",
             "nft add chain ip exit post '{ type nat hook postrouting priority srcnat; }'",
             f"nft add rule ip exit post oifname eth0 ip saddr 172.16.0.0/24 snat to {nodes.EXIT}",
