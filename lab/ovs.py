@@ -11,6 +11,7 @@ import ctypes
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -41,6 +42,19 @@ _LIBC = ctypes.CDLL(None)
 def die_with_parent() -> None:
     """For `preexec_fn`: the child gets SIGKILL when this process ends, however it ends (prctl(2))."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _accepts(path: Path) -> bool:
+    """Whether somebody listens on a Unix socket. There is a moment in which it is there and nobody does yet."""
+    directory = os.open(path.parent, os.O_PATH)
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(f"/proc/self/fd/{directory}/{path.name}")  # the whole path may be too long for an address
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(directory)
 
 
 class Here:
@@ -179,10 +193,10 @@ class PrivateOvs:
 
     def _wait_for(self, path: Path, timeout_s: float = 10) -> None:
         deadline = time.monotonic() + timeout_s
-        while not path.exists():
+        while not _accepts(path):
             if time.monotonic() > deadline:
                 errors = "\n".join(p.read_text() for p in self.directory.glob("*.err"))
-                raise LabError(f"{path} did not appear: {errors}")
+                raise LabError(f"nobody answers on {path}: {errors}")
             time.sleep(0.005)
 
     def vsctl(self, *args: str) -> str:

@@ -233,7 +233,7 @@ def test_bulk_tcp_passes(lab: Status) -> None:
 
 def test_demo_shows_what_is_expected_and_cleans_up(tmp_path: Path) -> None:
     run_dir = tmp_path / "demo"
-    done = run_cli("demo", "--no-follow", "--json", "--run-dir", str(run_dir))
+    done = run_cli("demo", "--mininet", "--no-follow", "--json", "--run-dir", str(run_dir))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(done.stdout)
     assert len(rows) == len(demo.EXAMPLES) >= 10
@@ -244,7 +244,7 @@ def test_demo_shows_what_is_expected_and_cleans_up(tmp_path: Path) -> None:
 def test_demo_follows_events_until_interrupted(tmp_path: Path) -> None:
     run_dir = tmp_path / "demo"
     process = subprocess.Popen(
-        [sys.executable, "-m", "lab", "demo", "--run-dir", str(run_dir)],
+        [sys.executable, "-m", "lab", "demo", "--mininet", "--run-dir", str(run_dir)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     assert process.stdout is not None
