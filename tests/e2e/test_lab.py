@@ -468,12 +468,12 @@ def test_not_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def which(program: str, path: str | None = None) -> str | None:
-        return None if program in ("ovs-vswitchd", "mnexec") else program
+        return None if program in ("ovs-vswitchd", "wg") else program
 
     monkeypatch.setattr(shutil, "which", which)
     done = invoke("up", "--run-dir", str(tmp_path / "lab"))
     assert done.exit_code == 2
-    assert "apt-get install mininet openvswitch-switch" in done.output
+    assert "apt-get install openvswitch-switch wireguard-tools" in done.output
     assert_one_line(done.output)
 
 
