@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -51,18 +52,19 @@ def add(file: Path, name: str, endpoint: str | None, qr: bool | None, state_dir:
     The configuration holds the client's private key. It is shown this once and not kept.
     """
     from controller.agent.keys import KeyStore
-    from controller.agent.vpn import Clients, Refused, configuration
+    from controller.agent.vpn import Clients, Refused, configuration, server_public_key
 
     server = _server(file)
     dialled = _endpoint(endpoint) if endpoint is not None else server.endpoint
     if dialled is None:
         raise BulkheadError("nobody says where clients connect to; give --endpoint HOST:PORT, or write it in the file")
+    server_key = server_public_key(server, KeyStore(state_dir / "keys"))  # before anything is made
     try:
         client, private = Clients(state_dir / "vpn").add(name, server.pool)
     except Refused as exc:
         say(f"bulkhead: {exc}")
         sys.exit(NO)
-    text = configuration(client, private, server, dialled, KeyStore(state_dir / "keys"))
+    text = configuration(client, private, server, dialled, server_key)
     taken = asyncio.run(_taken_over(server, client.public_key, there=True))
     if as_json:
         print_json({"name": client.name, "address": str(client.address), "active": taken, "configuration": text})
@@ -78,10 +80,10 @@ def add(file: Path, name: str, endpoint: str | None, qr: bool | None, state_dir:
 
 
 def _endpoint(text: str) -> Endpoint:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    found = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9.-]*):([0-9]{1,5})", text)
+    if found is None or not 0 < int(found[2]) < 65536:
         raise BulkheadError(f"--endpoint {text!r} is not HOST:PORT, such as vpn.example.org:51820")
-    return Endpoint(host, int(port))
+    return Endpoint(found[1], int(found[2]))
 
 
 @vpn.command("list")
@@ -92,6 +94,7 @@ def _endpoint(text: str) -> Endpoint:
 def list_clients(file: Path, state_dir: Path, as_json: bool) -> None:
     """List the clients of the VPN server of FILE, with their last handshake and traffic."""
     from controller.agent.vpn import Clients
+    from controller.agent.wireguard import RECENT_S
 
     server = _server(file)
     status = asyncio.run(_status(server))
@@ -103,7 +106,7 @@ def list_clients(file: Path, state_dir: Path, as_json: bool) -> None:
                 "name": client.name,
                 "address": str(client.address),
                 "added": client.added,
-                "connected": seen is not None,
+                "connected": seen is not None and seen.age_s is not None and seen.age_s < RECENT_S,
                 "endpoint": seen.endpoint if seen is not None else "",
                 "handshake_age_s": round(seen.age_s, 1) if seen is not None and seen.age_s is not None else None,
                 "received": seen.received if seen is not None else 0,

@@ -44,14 +44,13 @@ def die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _accepts(path: Path) -> bool:
-    """Whether somebody listens on a Unix socket. There is a moment in which it is there and nobody does yet."""
+def _listens(path: Path) -> bool:
+    """Whether somebody answers at a Unix socket: it is there a moment before that."""
     directory = os.open(path.parent, os.O_PATH)
     try:
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(f"/proc/self/fd/{directory}/{path.name}")  # the whole path may be too long for an address
-        return True
-    except OSError:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock, contextlib.suppress(OSError):
+            sock.connect(f"/proc/self/fd/{directory}/{path.name}")  # the path itself may be too long for an address
+            return True
         return False
     finally:
         os.close(directory)
@@ -193,10 +192,10 @@ class PrivateOvs:
 
     def _wait_for(self, path: Path, timeout_s: float = 10) -> None:
         deadline = time.monotonic() + timeout_s
-        while not _accepts(path):
+        while not _listens(path):
             if time.monotonic() > deadline:
                 errors = "\n".join(p.read_text() for p in self.directory.glob("*.err"))
-                raise LabError(f"nobody answers on {path}: {errors}")
+                raise LabError(f"{path} did not appear: {errors}")
             time.sleep(0.005)
 
     def vsctl(self, *args: str) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from controller.agent.run import NETNS_DIR, call
 from controller.hostmodel import Probe
 from controller.problems import BulkheadError
 
+LOG = logging.getLogger("bulkhead.agent")
 PERIOD_S = 1.0
 PROBE_S = 1.0
 FAILURES = 2
@@ -48,7 +50,10 @@ class Health:
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            await self.once()
+            try:
+                await self.once()
+            except Exception:  # a defect of ours must not leave an egress open that nobody looks at any more
+                LOG.exception("a probe of %s failed", self._watched.interface)
             await asyncio.sleep(PERIOD_S)
 
     async def once(self) -> None:

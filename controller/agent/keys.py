@@ -4,8 +4,10 @@ resource."""
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +15,10 @@ from controller.agent.files import read_or_none, write_atomically
 from controller.agent.resource import Failed
 
 _KEY = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
+_NO_KEY = "A" * 43 + "="
+"""All zeros: what WireGuard calls having no key."""
+LARGEST = 1 << 20
+"""No file with keys has more bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +37,20 @@ class Secret:
 
 def is_key(text: str) -> bool:
     """Whether it is a WireGuard key: 32 bytes in base64."""
-    return _KEY.fullmatch(text) is not None
+    return _KEY.fullmatch(text) is not None and text != _NO_KEY
 
 
 def new_private_key() -> Secret:
-    """A Curve25519 private key, clamped as WireGuard stores it (RFC 7748, section 5)."""
-    key = bytearray(os.urandom(32))
-    key[0] &= 248
-    key[31] = (key[31] & 127) | 64
-    return Secret(base64.b64encode(key).decode())
+    """A Curve25519 private key."""
+    return clamped(Secret(base64.b64encode(os.urandom(32)).decode()))
+
+
+def clamped(key: Secret) -> Secret:
+    """A private key as WireGuard stores and shows it, whatever was given (RFC 7748, section 5)."""
+    raw = bytearray(base64.b64decode(key.reveal()))
+    raw[0] &= 248
+    raw[31] = (raw[31] & 127) | 64
+    return Secret(base64.b64encode(raw).decode())
 
 
 def new_shared_key() -> Secret:
@@ -50,11 +61,14 @@ def new_shared_key() -> Secret:
 def read_secret_file(path: Path, what: str) -> str:
     """The text of a file that nobody but its owner may read. Raises `Failed`."""
     try:
-        mode = path.stat().st_mode & 0o777
+        found = path.stat()
     except OSError as exc:
         raise Failed(
             f"{what} {path} cannot be read: {exc.strerror}; create it, mode 600, or mend the state file"
         ) from exc
+    if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST:
+        raise Failed(f"{what} {path} is not a text file; write the key there in base64")
+    mode = stat.S_IMODE(found.st_mode)
     if mode & 0o077:
         raise Failed(f"{what} {path} may be read by others (mode {mode:o}); make it private: chmod 600 {path}")
     text = read_or_none(path)
@@ -78,8 +92,15 @@ class KeyStore:
         self._directory = directory
 
     def private_key(self, name: str) -> Secret:
-        """The key of that name; made at the first use. Raises `Failed` if what is kept is damaged."""
+        """The key of that name; made at the first use. Raises `Failed` if what is kept is damaged.
+
+        Whoever asks at the same time, the agent or a command, is answered the same key.
+        """
         path = self._directory / f"{name}.key"
         if not path.exists():
-            write_atomically(path, new_private_key().reveal() + "\n")
+            made = path.with_name(f".{name}.{os.getpid()}.made")
+            write_atomically(made, new_private_key().reveal() + "\n")
+            with contextlib.suppress(FileExistsError):
+                os.link(made, path)
+            made.unlink()
         return read_key(path, "the private key")

@@ -1,13 +1,15 @@
 """Programs that outlive the agent: started once, found again by the next agent, stopped by exact process id.
 
 A program writes its own record before it becomes what was asked for, so that none is ever lost to an agent that was
-killed. A record counts as long as the process it names is the one that wrote it. Imports files, resource and run.
+killed; until then it holds a lock, so that no other agent starts a second one. A record counts as long as the process
+it names is the one that wrote it. Imports files, resource and run.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -24,15 +26,16 @@ from controller.agent.run import environment, inside
 
 STOP_S = 3.0
 LOG_BYTES = 1 << 20
-"""A log longer than that begins anew with the next start."""
+"""A log longer than that begins anew."""
 OFTEN, OFTEN_S = 3, 10.0
 """A program that was started so many times within so many seconds is not started again at once."""
 
-# Becomes the program, with the same process id and start time; the record is there before it.
+# Becomes the program, with the same process id and start time; the record is there before it. Its standard input is
+# the lock, given back once the record is there.
 _LAUNCH = (
     'umask 077; t=$(cut -d" " -f22 /proc/$$/stat); '
     'printf \'{"pid": %d, "started": %s, "digest": "%s"}\\n\' $$ "$t" "$2" > "$1.new.$$" && mv "$1.new.$$" "$1" || exit 70; '
-    'umask 022; shift 2; exec "$@"'
+    'umask 022; shift 2; exec "$@" </dev/null'
 )
 
 
@@ -69,7 +72,7 @@ class Record:
     def lives(self) -> bool:
         """Whether the process is still that one, and no zombie."""
         found = _stat(self.pid)
-        return found is not None and found[0] not in "ZX" and found[1] == self.started
+        return found is not None and found.state not in "ZX" and found.started == self.started
 
 
 class Programs:
@@ -77,16 +80,18 @@ class Programs:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._children: list[subprocess.Popen[bytes]] = []
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     def record(self, name: str) -> Record | None:
         """The living process of that name."""
         self._reap()
+        record = self._read(name)
+        return record if record is not None and record.lives else None
+
+    def _read(self, name: str) -> Record | None:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             found = json.loads(read_or_none(self._path(name)) or "")
-            record = Record(int(found["pid"]), int(found["started"]), str(found["digest"]))
-            if record.lives:
-                return record
+            return Record(int(found["pid"]), int(found["started"]), str(found["digest"]))
         return None
 
     def names(self) -> list[str]:
@@ -99,44 +104,64 @@ class Programs:
 
     def last_words(self, name: str) -> str:
         """The last line a program has said."""
-        lines = (read_or_none(self.log(name)) or "").split("\n")
-        return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "nothing")
+        try:
+            with self.log(name).open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+                said = file.read().decode(errors="replace")
+        except FileNotFoundError:
+            said = ""
+        lines = ("".join(c if c.isprintable() else " " for c in line).strip() for line in reversed(said.splitlines()))
+        return next((line[:200] for line in lines if line), "nothing")
+
+    def bound_logs(self) -> None:
+        """Empty the logs that have become too long. They are written by appending, so that whoever writes goes on."""
+        for log in self._directory.glob("*.log"):
+            with contextlib.suppress(FileNotFoundError):
+                if log.stat().st_size > LOG_BYTES:
+                    os.truncate(log, 0)
 
     def start(self, program: Program) -> None:
-        """Start it, unless it runs. Raises `Failed` where the program is not there."""
-        if self.record(program.name) is not None:
-            return
+        """Start it, unless it runs or somebody is starting it. Raises `Failed` where the program is not there."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         log = self.log(program.name)
-        with contextlib.suppress(FileNotFoundError):
-            if log.stat().st_size > LOG_BYTES:
-                log.unlink()
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        lock = os.open(log, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self.record(program.name) is not None:
+                return
+            self._end_remains(program.name)
+            if os.fstat(descriptor).st_size > LOG_BYTES:
+                os.ftruncate(descriptor, 0)
             child = subprocess.Popen(
                 ["sh", "-c", _LAUNCH, "sh", str(self._path(program.name)), program.digest, *program.line],
-                stdin=subprocess.DEVNULL,
+                stdin=lock,
                 stdout=descriptor,
                 stderr=descriptor,
                 env={**environment(), **program.env},
                 cwd="/",
                 start_new_session=True,
             )
+        except BlockingIOError:
+            return
         except OSError as exc:
             raise Failed(f"{program.name} cannot be started: {exc.strerror}") from exc
         finally:
+            os.close(lock)
             os.close(descriptor)
-        self._children.append(child)
+        self._children[program.name] = child
 
     async def appear(self, name: str) -> None:
-        """Wait until a program that was started has its record; what has none by then has ended at once."""
+        """Wait until a program that was started has its record, or has ended already."""
         for _ in range(200):
-            if self.record(name) is not None:
+            if self.record(name) is not None or (
+                name in self._children and self._children[name].returncode is not None
+            ):
                 return
             await asyncio.sleep(0.005)
 
     async def stop(self, name: str) -> None:
-        """End it by SIGTERM, after `STOP_S` by SIGKILL, and forget it."""
+        """End it by SIGTERM, after `STOP_S` by SIGKILL, then what it has left in its session, and forget it."""
         record = self.record(name)
         if record is not None:
             for number in (signal.SIGTERM, signal.SIGKILL):
@@ -144,8 +169,28 @@ class Programs:
                     break
             else:
                 raise Failed(f"{name} (process {record.pid}) does not end; look why: cat /proc/{record.pid}/stack")
+        self._end_remains(name)
         for path in (self._path(name), self.log(name)):
             path.unlink(missing_ok=True)
+
+    def _end_remains(self, name: str) -> None:
+        """End what a program that has ended leaves behind: processes of its session, whose number is its id.
+
+        While there is one of them the number is not given to anybody else.
+        """
+        record = self._read(name)
+        leader = _stat(record.pid) if record is not None else None
+        if record is None or (leader is not None and (leader.started != record.started or record.lives)):
+            return
+        for pid in (int(path.name) for path in Path("/proc").glob("[0-9]*")):
+            with contextlib.suppress(OSError):
+                descriptor = os.pidfd_open(pid)
+                try:
+                    found = _stat(pid)
+                    if found is not None and found.session == record.pid and found.started >= record.started:
+                        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                finally:
+                    os.close(descriptor)
 
     async def _end(self, record: Record, number: signal.Signals) -> bool:
         with contextlib.suppress(ProcessLookupError):
@@ -167,16 +212,26 @@ class Programs:
         return self._directory / f"{name}.json"
 
     def _reap(self) -> None:
-        self._children = [child for child in self._children if child.poll() is None]
+        for child in self._children.values():
+            child.poll()
 
 
-def _stat(pid: int) -> tuple[str, int] | None:
-    """State and start time of a process."""
-    text = read_or_none(Path(f"/proc/{pid}/stat"))
-    if not text:
+@dataclass(frozen=True, slots=True)
+class _Stat:
+    """Of proc_pid_stat(5)."""
+
+    state: str
+    session: int
+    started: int
+
+
+def _stat(pid: int) -> _Stat | None:
+    """How a process is. Its name may hold anything, bytes that are no text as well."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:  # gone, maybe between opening and reading
         return None
-    fields = text.rpartition(")")[2].split()
-    return fields[0], int(fields[19])
+    return _Stat(fields[0].decode(), int(fields[3]), int(fields[19])) if len(fields) > 19 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +277,6 @@ class Process:
             now = time.monotonic()
             self._starts = [at for at in self._starts if now - at < OFTEN_S]
             if len(self._starts) >= OFTEN:
-                self._starts.clear()
                 words = self._programs.last_words(self._program.name)
                 raise Failed(
                     f"{what} ends again and again; it says: {words}. Its log: {self._programs.log(self._program.name)}"

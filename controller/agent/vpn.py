@@ -51,13 +51,24 @@ class Clients:
     def stamp(self) -> tuple[str, ...]:
         """Differs whenever a client has come, gone or changed."""
         with contextlib.suppress(OSError):
-            found = ((path.name, path.stat().st_mtime_ns) for path in sorted(self._directory.glob("*.json")))
+            found = ((path.name, path.stat().st_mtime_ns) for path in self._paths())
             return tuple(f"{name}:{changed}" for name, changed in found)
         return ()
 
     def all(self) -> list[Client]:
-        """Every client, by name. Raises `Failed` for a damaged file."""
-        return [self._read(path) for path in sorted(self._directory.glob("*.json"))]
+        """Every client, by name. Raises `Failed` for a damaged file, and for one that has what another has."""
+        out: list[Client] = []
+        for path in self._paths():
+            client = self._read(path)
+            for other in out:
+                if client.address == other.address or client.public_key == other.public_key:
+                    what = "address" if client.address == other.address else "key"
+                    raise Failed(f"{path} has the {what} of {other.name}; remove one of them: bulkhead vpn remove")
+            out.append(client)
+        return out
+
+    def _paths(self) -> list[Path]:
+        return sorted(self._directory.glob("*.json"))
 
     def _read(self, path: Path) -> Client:
         try:
@@ -72,7 +83,10 @@ class Clients:
             raise Failed(text) from None
 
     def add(self, name: str, pool: Prefix) -> tuple[Client, Secret]:
-        """A new client with the first free address of the pool, and its private key. Raises `Refused`, `Failed`."""
+        """A new client with the first free address of the pool, and its private key. Raises `Refused`, `Failed`.
+
+        The first address of the pool is the server's.
+        """
         if not _NAME.fullmatch(name):
             raise Refused(f"{name!r} is no name for a client; use 1 to 63 letters, digits and inner hyphens")
         with self._locked():
@@ -98,22 +112,29 @@ class Clients:
         return client, private
 
     def remove(self, name: str) -> str:
-        """Forget a client; answers its public key. Raises `Refused`."""
+        """Forget a client; answers its public key, nothing where its file is damaged. Raises `Refused`."""
         with self._locked():
-            there = self.all()
-            found = next((client for client in there if client.name.lower() == name.lower()), None)
-            if found is None:
-                known = ", ".join(client.name for client in there) or "none"
-                raise Refused(f"there is no client {name!r}; there are: {known}")
-            self._path(found.name).unlink()
-        return found.public_key
+            try:
+                key = ""
+                with contextlib.suppress(Failed):
+                    key = self._read(self._path(name)).public_key
+                self._path(name).unlink()
+            except OSError as exc:
+                known = ", ".join(path.stem for path in self._paths()) or "none"
+                raise Refused(f"there is no client {name!r}; there are: {known}") from exc
+        return key
 
     def peers(self) -> tuple[WgPeer, ...]:
-        """What the server's interface has to know."""
-        return tuple(
-            WgPeer(client.public_key, (Prefix(client.address, 32),), preshared_key=client.preshared_key)
-            for client in self.all()
-        )
+        """What the server's interface has to know: every client whose file is good. `all` tells of the others; they must
+        not keep a client that was removed connected."""
+        out: dict[Ipv4, WgPeer] = {}
+        for path in self._paths():
+            with contextlib.suppress(Failed):
+                client = self._read(path)
+                if all(client.public_key != peer.public_key for peer in out.values()):
+                    peer = WgPeer(client.public_key, (Prefix(client.address, 32),), preshared_key=client.preshared_key)
+                    out.setdefault(client.address, peer)
+        return tuple(out.values())
 
     def _path(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
@@ -144,16 +165,15 @@ def public_key(private: Secret) -> str:
     return done.stdout.strip()
 
 
-def configuration(client: Client, private: Secret, server: VpnServer, endpoint: Endpoint, keys: KeyStore) -> str:
+def configuration(client: Client, private: Secret, server: VpnServer, endpoint: Endpoint, server_key: str) -> str:
     """A wg-quick file for the client's machine. It holds the client's private key: show it once."""
-    server_key = server_public_key(server, keys)
     return "\n".join(
         [
             "[Interface]",
             f"PrivateKey = {private.reveal()}",
             f"Address = {client.address}/32",
             *([f"DNS = {', '.join(map(str, server.dns))}"] if server.dns else []),
-            f"MTU = {server.tunnel.mtu}",
+            *([f"MTU = {server.tunnel.mtu}"] if server.tunnel.mtu is not None else []),
             "",
             "[Peer]",
             f"PublicKey = {server_key}",

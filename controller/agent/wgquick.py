@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from controller.agent.keys import Secret, is_key
 from controller.hostmodel import Endpoint
 from controller.model import Ipv4, Prefix
 from controller.problems import InvalidInput, Problem, error, warning
 
+T = TypeVar("T")
 _LINE = re.compile(r"([A-Za-z]+)\s*=\s*(.*)")
-_ENDPOINT = re.compile(r"(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9.-]+):([0-9]{1,5})")
+_ENDPOINT = re.compile(r"([A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*\.?):([0-9]{1,5})")
+_LIKE_A_KEY = re.compile(r"[A-Za-z0-9+/]{16}")
+"""A key that stands where none belongs, or a piece of one."""
 _COMMANDS = ("preup", "postup", "predown", "postdown")
 _IGNORED = ("dns", "table", "saveconfig", "fwmark", "reserved")
 
@@ -80,12 +84,14 @@ class _Reader:
                 self._interface(path, name, value) if self._section == "[interface]" else self._peer(path, name, value)
             )
         except ValueError as exc:
-            shown = "something else" if name.endswith("key") else repr(value)
-            self._problems.append(error("bad-value", path, f"{found[1]} = {shown}", str(exc), "Mend the value."))
+            shown = "something else" if name.endswith("key") else _shown(value) or "nothing"
+            self._problems.append(
+                error("bad-value", path, f"{_shown(found[1])} = {shown}", str(exc), "Mend the value.")
+            )
             return
         if not known:
             fix = "Remove it, or mend its name."
-            self._problems.append(error("unknown-key", path, f"{found[1]}", f"a key of {self._section}", fix))
+            self._problems.append(error("unknown-key", path, _shown(found[1]), f"a key of {self._section}", fix))
 
     def _interface(self, path: str, name: str, value: str) -> bool:
         quick = self._quick
@@ -118,8 +124,8 @@ class _Reader:
         elif name == "endpoint":
             found = _ENDPOINT.fullmatch(value)
             if found is None or not 0 < int(found[2]) < 65536:
-                raise ValueError("HOST:PORT")
-            peer = replace(peer, endpoint=Endpoint(found[1].strip("[]"), int(found[2])))
+                raise ValueError("HOST:PORT, where HOST is a name or an IPv4 address")
+            peer = replace(peer, endpoint=Endpoint(found[1], int(found[2])))
         elif name == "persistentkeepalive":
             peer = replace(peer, keepalive=0 if value == "off" else _number(value, 0, 65535))
         elif name in _IGNORED:
@@ -131,7 +137,7 @@ class _Reader:
 
     def _addresses(self, path: str, value: str) -> Iterator[tuple[Ipv4, int]]:
         for part in _parts(value):
-            one = ipaddress.ip_interface(part)
+            one = _read(ipaddress.ip_interface, part)
             if isinstance(one, ipaddress.IPv4Interface):
                 yield Ipv4(int(one.ip)), one.network.prefixlen
             else:
@@ -139,27 +145,52 @@ class _Reader:
 
     def _networks(self, path: str, value: str) -> Iterator[ipaddress.IPv4Network]:
         for part in _parts(value):
-            one = ipaddress.ip_network(part, strict=False)
+            one = _read(lambda text: ipaddress.ip_network(text, strict=False), part)
             if isinstance(one, ipaddress.IPv4Network):
                 yield one
             else:
                 self._left_out(path, part)
 
     def _left_out(self, path: str, part: str) -> None:
-        self._problems.append(warning("ipv6", path, part, "IPv4: it is left out", "It can stay."))
+        self._problems.append(warning("ipv6", path, _shown(part), "IPv4: it is left out", "It can stay."))
 
     def finish(self) -> Quick:
         if self._quick.private_key is None:
             fix = "Add PrivateKey to [Interface]."
             self._problems.append(error("missing-key", self._source, "no PrivateKey", "the interface's key", fix))
-        for index, peer in enumerate(self._peers):
-            if not peer.public_key:
-                fix = "Add PublicKey to it."
-                where = f"{self._source}: [Peer] number {index + 1}"
-                self._problems.append(error("missing-key", where, "no PublicKey", "the peer's key", fix))
+        self._check_peers()
         if any(problem.severity == "error" for problem in self._problems):
             raise InvalidInput(self._source, self._problems)
         return replace(self._quick, peers=tuple(self._peers), problems=tuple(self._problems))
+
+    def _check_peers(self) -> None:
+        """A key and an address belong to one peer: WireGuard gives them silently to the last."""
+        owners: dict[str | Prefix, int] = {}
+        for number, peer in enumerate(self._peers, 1):
+            where = f"{self._source}: [Peer] number {number}"
+            if not peer.public_key:
+                fix = "Add PublicKey to it."
+                self._problems.append(error("missing-key", where, "no PublicKey", "the peer's key", fix))
+            elif (other := owners.setdefault(peer.public_key, number)) != number:
+                fix = "Make one peer of the two."
+                what = f"the PublicKey of [Peer] number {other}"
+                self._problems.append(error("duplicate-key", where, what, "a key of its own", fix))
+            for prefix in peer.allowed:
+                if (other := owners.setdefault(prefix, number)) != number:
+                    what = f"{prefix}, which [Peer] number {other} has"
+                    fix = "Leave it to one of them."
+                    self._problems.append(error("duplicate-prefix", where, what, "a prefix of its own", fix))
+
+
+def _read(how: Callable[[str], T], part: str) -> T:
+    try:
+        return how(part)
+    except ValueError:
+        raise ValueError("IPv4 addresses with prefix lengths, such as 10.9.0.2/24") from None
+
+
+def _shown(text: str) -> str:
+    return "something else" if _LIKE_A_KEY.search(text) else text[:80]
 
 
 def _parts(value: str) -> list[str]:

@@ -18,11 +18,11 @@ from pathlib import Path
 from pyroute2.netlink.exceptions import NetlinkError
 
 from controller.agent import wgquick
-from controller.agent.keys import KeyStore, Secret, read_key, read_secret_file
+from controller.agent.keys import KeyStore, Secret, clamped, read_key, read_secret_file
 from controller.agent.links import remove_link
 from controller.agent.netlink import GROUP, Link, Nets
 from controller.agent.process import Program, Programs
-from controller.agent.resource import Change, Failed, Sign, Step
+from controller.agent.resource import Change, Failed, Sign, Step, Waiting
 from controller.agent.run import NETNS_DIR, call
 from controller.hostmodel import MTU_DEFAULT, Endpoint, Tunnel
 from controller.model import Ipv4, Prefix
@@ -32,6 +32,10 @@ RECENT_S = 180
 """A handshake younger than this proves an endpoint (the protocol rejects keys after that long)."""
 APPEAR_S = 5.0
 RESOLVE_S = 5.0
+WAIT_S = 0.3
+WG_S = 2.0
+SILENT = 2
+_NO_KEY = "A" * 43 + "="
 _SOCKETS = Path("/var/run/wireguard")
 _KINDS = ("wireguard", "tun")
 
@@ -118,7 +122,7 @@ def resolve(tunnel: Tunnel, keys: KeyStore) -> WgConfig:
         WgPeer(peer.public_key, peer.allowed, peer.endpoint, peer.keepalive, peer.preshared_key) for peer in quick.peers
     )
     return WgConfig(
-        private_key=key or keys.private_key(tunnel.interface),
+        private_key=clamped(key or keys.private_key(tunnel.interface)),
         addresses=tunnel.addresses or quick.addresses,
         listen_port=tunnel.listen_port or quick.listen_port,
         mtu=tunnel.mtu or quick.mtu or MTU_DEFAULT,
@@ -155,6 +159,7 @@ class WireGuard:
         self.needs = tuple(needs)
         self.watches = (namespace,)
         self._names = _Resolver()
+        self._silent = 0
 
     @property
     def _what(self) -> str:
@@ -173,8 +178,9 @@ class WireGuard:
             raise Failed(f"{self._interface} in {self._namespace} is {link.kind or 'no WireGuard'}; remove it")
         if link is None:
             return [*await self._making(), self._configure("it is new")]
-        if link.kind == "tun" and self._programs.record(self._program) is None:
-            # Its device lives on for a moment without it, or somebody else's has our name.
+        shown = await self._shown() if link.kind == "wireguard" else await self._answer()
+        if shown is None:
+            # Its device lives on for a moment without it, its socket is gone, or it hangs; or it is somebody else's.
             return [
                 Change(Sign.REMOVE, self._what, "nothing answers for it", self._remove),
                 *await self._making(),
@@ -184,7 +190,7 @@ class WireGuard:
         if link.mtu != config.mtu:
             why = f"it is {link.mtu}, not {config.mtu}"
             out.append(Change(Sign.CHANGE, f"MTU of {self._what}", why, self._set_mtu(config.mtu)))
-        differs = self._differs(config, await self._shown(), await self._endpoints(config))
+        differs = self._differs(config, shown, await self._endpoints(config))
         return [*out, *([self._configure(differs)] if differs else [])]
 
     # ----------------------------------------------------------------------------------------------------- making it
@@ -214,9 +220,42 @@ class WireGuard:
             return None
         return (await (await self._nets.get(namespace)).links()).get(self._interface)
 
+    async def _answer(self) -> Shown | None:
+        """What our `wireguard-go` says; None if there is none. One that was silent twice in a row hangs."""
+        if self._programs.record(self._program) is None or not self._answered():
+            return None
+        try:
+            shown = await self._shown()
+        except Failed as exc:
+            self._silent += isinstance(exc.__cause__, TimeoutError)
+            if self._silent < SILENT:
+                raise
+            shown = None
+        self._silent = 0
+        return shown
+
+    def _answered(self) -> bool:
+        """Whether some process listens on the socket of that name."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            try:
+                sock.setblocking(False)
+                sock.connect(str(self._socket))
+            except BlockingIOError:  # it listens, and has much to do
+                return True
+            except OSError:
+                return False
+        return True
+
+    @property
+    def _socket(self) -> Path:
+        return _SOCKETS / f"{self._interface}.sock"
+
     async def _make(self) -> None:
         net = await self._nets.get(self._socket_namespace)
         if await self._find(self._socket_namespace) is not None:
+            return
+        if self._programs.record(self._program) is not None:  # without its device, or not so far yet
+            await self._start_userspace()
             return
         try:
             await net.rtnl.link("add", ifname=self._interface, kind="wireguard", group=GROUP)
@@ -229,12 +268,17 @@ class WireGuard:
     async def _start_userspace(self) -> None:
         if self._programs.record(self._program) is not None:
             await self._programs.stop(self._program)  # it runs, and its device is gone: it will not make another
-        (_SOCKETS / f"{self._interface}.sock").unlink(missing_ok=True)
+        if self._answered():
+            raise Failed(
+                f"another program answers on {self._socket} already; end it (fuser {self._socket}), or rename the port"
+            )
+        self._socket.unlink(missing_ok=True)
         command = ("wireguard-go", "-f", self._interface)
         self._programs.start(Program(self._program, command, self._socket_namespace))
+        await self._programs.appear(self._program)
         deadline = time.monotonic() + APPEAR_S
-        while await self._find(self._socket_namespace) is None or not (_SOCKETS / f"{self._interface}.sock").exists():
-            if time.monotonic() > deadline:
+        while await self._find(self._socket_namespace) is None or not self._answered():
+            if time.monotonic() > deadline or self._programs.record(self._program) is None:
                 words = self._programs.last_words(self._program)
                 raise Failed(f"wireguard-go makes no {self._interface}; it says: {words}. Is /dev/net/tun there?")
             await asyncio.sleep(0.01)
@@ -315,7 +359,7 @@ class WireGuard:
                         endpoints[key] = peer.endpoint
             text = write_config(config, endpoints)
             command = ("wg", "syncconf", self._interface, "/dev/stdin")
-            await call(*command, namespace=self._namespace, stdin=text, secret=True)
+            await call(*command, namespace=self._namespace, stdin=text, timeout_s=WG_S, secret=True)
             await self._set_mtu(config.mtu)()
 
         return Change(Sign.CHANGE, f"configuration of {self._what}", why, do)
@@ -331,7 +375,7 @@ class WireGuard:
 
 
 async def _dump(interface: str, namespace: str) -> Shown:
-    return read_dump(await call("wg", "show", interface, "dump", namespace=namespace, secret=True))
+    return read_dump(await call("wg", "show", interface, "dump", namespace=namespace, timeout_s=WG_S, secret=True))
 
 
 async def show(interface: str, namespace: str) -> list[PeerStatus]:
@@ -350,8 +394,8 @@ def write_config(config: WgConfig, endpoints: dict[str, str]) -> str:
         lines.append(f"ListenPort = {config.listen_port}")
     for peer in config.peers:
         lines += ["[Peer]", f"PublicKey = {peer.public_key}"]
-        if peer.preshared_key is not None:
-            lines.append(f"PresharedKey = {peer.preshared_key.reveal()}")
+        # All zeros mean none; left out, it would stay as it is.
+        lines.append(f"PresharedKey = {peer.preshared_key.reveal() if peer.preshared_key is not None else _NO_KEY}")
         if peer.allowed:
             lines.append(f"AllowedIPs = {', '.join(map(str, peer.allowed))}")
         if peer.public_key in endpoints:
@@ -383,29 +427,45 @@ def read_dump(text: str) -> Shown:
 
 
 class _Resolver:
-    """Addresses of endpoints' names, asked on the host and kept: while a tunnel works its endpoint does not change."""
+    """Addresses of endpoints' names, asked on the host and kept: while a tunnel works its endpoint does not change.
+
+    Nobody waits for a resolver that does not answer: what is known counts until there is something newer.
+    """
 
     KEEP_S = 300.0
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[float, str]] = {}
+        self._known: dict[str, str] = {}
+        self._fresh: dict[str, float] = {}
+        self._asking: dict[str, asyncio.Task[None]] = {}
 
     async def address(self, host: str) -> str:
-        """An IPv4 address of `host`. Raises `Failed`."""
+        """An IPv4 address of `host`. Raises `Failed` where there is none, `Waiting` while it is being asked for."""
         with contextlib.suppress(ValueError):
             return str(Ipv4.parse(host))
-        known = self._known.get(host)
-        if known is not None and time.monotonic() - known[0] < self.KEEP_S:
-            return known[1]
-        loop = asyncio.get_running_loop()
+        task = self._asking.get(host)
+        if task is None and time.monotonic() >= self._fresh.get(host, 0.0):
+            task = self._asking[host] = asyncio.create_task(self._ask(host))
+        if host in self._known:
+            return self._known[host]
+        if task is not None:
+            await asyncio.wait([task], timeout=WAIT_S)
+            if not task.done():
+                raise Waiting(f"the endpoint {host} is being resolved", WAIT_S)
+        if host not in self._known:
+            raise Failed(f"the endpoint {host} does not resolve; write its address, or mend the host's resolver")
+        return self._known[host]
+
+    async def _ask(self, host: str) -> None:
+        """Find out what is known from now on. A name that is not known is asked for with every look."""
         try:
+            loop = asyncio.get_running_loop()
             found = await asyncio.wait_for(loop.getaddrinfo(host, None, family=socket.AF_INET), RESOLVE_S)
-        except (OSError, TimeoutError) as exc:
-            if known is not None:
-                return known[1]
-            raise Failed(
-                f"the endpoint {host} does not resolve; write its address, or mend the host's resolver"
-            ) from exc
-        address = known[1] if known is not None and any(known[1] == one[4][0] for one in found) else str(found[0][4][0])
-        self._known[host] = (time.monotonic(), address)
-        return address
+            addresses = [str(one[4][0]) for one in found]
+            if self._known.get(host) not in addresses:
+                self._known[host] = addresses[0]
+            self._fresh[host] = time.monotonic() + self.KEEP_S
+        except (OSError, TimeoutError, ValueError):  # a name that IDNA does not allow is a `ValueError`
+            self._fresh[host] = time.monotonic() + (RESOLVE_S if host in self._known else 0.0)
+        finally:
+            del self._asking[host]
