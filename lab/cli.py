@@ -117,9 +117,9 @@ def status(run_dir: Path, as_json: bool) -> None:
 @_run_dir
 @_command
 def exec_command(host: str, command: tuple[str, ...], run_dir: Path) -> None:
-    """Run COMMAND in HOST: a container, peer-NETWORK, inet, or `host` for the node itself.
+    """Run COMMAND in HOST: a container, a node, or a host outside, as `lab status` lists them.
 
-    A container goes by its name, its id, its port or its address; NODE/CONTAINER does too.
+    `host` is the first node. A container goes by its name, its id, its port or its address; NODE/CONTAINER does too.
     """
     node, slash, container = host.rpartition("/")
     sys.exit(manager.exec(run_dir, node if slash else None, container, command))

@@ -19,9 +19,9 @@ from enum import StrEnum
 from pathlib import Path
 
 from lab import manager, places
-from lab.traffic import Result, Traffic, Try
+from lab.traffic import Left, Result, Traffic, Try
 
-WORLD = "198.51.100.10"
+WORLD, WORLD_IPV6 = "198.51.100.10", "2001:db8:7::2"
 EXIT = "203.0.113.100"
 """What the internet sees of whoever leaves by WARP."""
 VPN_CLIENT = "203.0.113.7"
@@ -46,13 +46,16 @@ class Expected(StrEnum):
     PASSES = "passes"
     REFUSED = "refused"
     BLOCKED = "blocked"
+    NOTHING = "nothing"
+    """Leaves a node but WireGuard."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """One line of the table. `host` tries `wanted`, whose `server` is the one that must answer, or must hear nothing.
 
-    `sender`, where it is given, is the address that the server has to see.
+    `sender`, where it is given, is the address that the server has to see. `tunnel_down` and `routed` say how the world
+    is meanwhile: no way to WARP; private addresses are routed to the node.
     """
 
     title: str
@@ -61,6 +64,7 @@ class Example:
     expected: Expected
     server: str
     tunnel_down: bool = False
+    routed: bool = False
     sender: str = ""
 
 
@@ -161,8 +165,8 @@ NODE = "192.0.2.2"
 """The first node, as the internet knows it."""
 
 NODE_SERVERS = {
-    "inet": ("tcp:443", "udp:5353"),
-    "gateway": ("udp:4000",),
+    "inet": ("tcp:443", "udp:5353", "ipv6:eth0"),
+    "gateway": ("udp:4000", "ipv6:eth0"),
     "xray": ("tcp:443", "udp:4000"),
     "relay": ("tcp:443",),
     "mcp-server": ("tcp:9573",),
@@ -177,11 +181,19 @@ NODE_EXAMPLES = (
     ),
     Example(
         "the world routes the private network to the node",
-        "inet", Try("udp", "10.0.0.102", 4000, say="unasked"), Expected.BLOCKED, "xray",
+        "inet", Try("udp", "10.0.0.102", 4000, say="unasked"), Expected.BLOCKED, "xray", routed=True,
     ),
     Example(
         "a container pretends to be another",
         "xray", Try("udp", "10.0.0.100", 4000, spoof="10.0.0.50", say="forged"), Expected.BLOCKED, "gateway",
+    ),
+    Example(
+        "xray speaks IPv6, to its neighbours",
+        "xray", Try("udp", "ff02::1", 4000, spoof="fe80::66", say="ipv6"), Expected.BLOCKED, "gateway",
+    ),
+    Example(
+        "xray speaks IPv6, to the internet",
+        "xray", Try("udp", WORLD_IPV6, 5353, spoof="fd00::66", say="ipv6"), Expected.BLOCKED, "inet",
     ),
     Example(
         "SOCKS5 user, droplet, privacy mesh, WARP, internet",
@@ -252,7 +264,13 @@ NODE_EXAMPLES = (
 
 def target(wanted: Try) -> str:
     """Where a try goes, in a few characters."""
-    return f"{wanted.proto} {wanted.to}:{wanted.port}"
+    if not wanted.port:
+        return wanted.to
+    return (
+        f"{wanted.proto} [{wanted.to}]:{wanted.port}"
+        if ":" in wanted.to
+        else f"{wanted.proto} {wanted.to}:{wanted.port}"
+    )
 
 
 def examples_of(lab: manager.Status) -> tuple[Example, ...]:
@@ -268,11 +286,27 @@ def play(lab: manager.Status, examples: tuple[Example, ...] | None = None) -> It
         examples = examples_of(lab)
     with Traffic(lab) as traffic:
         traffic.serve(NODE_SERVERS if lab.has_nodes else SERVERS)
+        for host in lab.hosts:
+            if host.kind == "node":
+                traffic.watch_uplink(host.name, host.port)
         was_down = False
         for example in examples:
-            with tunnel_down(lab) if example.tunnel_down else nullcontext():
+            with tunnel_down(lab) if example.tunnel_down else routed(lab) if example.routed else nullcontext():
                 yield show(traffic, example, SWITCH_LIMIT_S if was_down else 0)
             was_down = example.tunnel_down
+        for node, left in traffic.uplinks().items():
+            yield judge_uplink(node, left)
+
+
+def judge_uplink(node: str, left: Left) -> Shown:
+    """Whether all that a node has sent to the world was WireGuard, and whether it was seen at all."""
+    title = f"sent besides {left.wireguard} packets of WireGuard"
+    example = Example(title, node, Try("udp", "the world"), Expected.NOTHING, "")
+    if left.others:
+        return Shown(example, f"{left.others}: {'; '.join(left.kinds)}", 0.0, False)
+    if left.lost or not left.wireguard:
+        return Shown(example, f"{left.lost} not looked at" if left.lost else "no packet at all", 0.0, False)
+    return Shown(example, "nothing", 0.0, True)
 
 
 @contextmanager
@@ -294,6 +328,17 @@ def tunnel_down(lab: manager.Status) -> Iterator[None]:
         yield
     finally:
         set_link(lab, port, "up")
+
+
+@contextmanager
+def routed(lab: manager.Status) -> Iterator[None]:
+    """Have the internet route the networks' addresses to the first node for a while, as a neighbour of it could."""
+    routes = [("10.0.0.0/24", NODE), ("10.1.0.0/24", NODE)]
+    in_router(lab, "\n".join(f"ip route replace {prefix} via {node}" for prefix, node in routes))
+    try:
+        yield
+    finally:
+        in_router(lab, "\n".join(f"ip route delete {prefix}" for prefix, _ in routes))
 
 
 FORWARD = "type filter hook forward priority filter;"
@@ -380,7 +425,7 @@ HEADINGS = ("EXAMPLE", "FROM", "TO", "EXPECTED", "SEEN", "AFTER", "SERVER SEES")
 
 def widths(examples: tuple[Example, ...]) -> tuple[int, ...]:
     """Column widths that fit every line, known before the first one is run."""
-    rows = [HEADINGS, *(_cells(e, "passes", 0.0, e.sender) for e in examples)]
+    rows = [HEADINGS, *(_cells(e, e.expected.value, 0.0, e.sender) for e in examples)]
     return tuple(max(len(row[column]) for row in rows) for column in range(len(HEADINGS)))
 
 

@@ -43,16 +43,22 @@ _PROGRAMS = {
     "ovsdb-server": "openvswitch-common",
     "ovs-vsctl": "openvswitch-switch",
     "ovs-ofctl": "openvswitch-common",
-    "mnexec": "mininet",
     "ip": "iproute2",
     "ethtool": "ethtool",
     "nft": "nftables",
     "mount": "mount",
     "unshare": "util-linux",
     "nsenter": "util-linux",
-    SYSTEM_PYTHON: "python3",
 }
-"""What the lab runs, and the Debian package it is in."""
+_MININET_PROGRAMS = {"mnexec": "mininet", SYSTEM_PYTHON: "python3"}
+_NODE_PROGRAMS = {
+    "wireguard-go": "wireguard-go",
+    "wg": "wireguard-tools",
+    "dnsmasq": "dnsmasq-base",
+    "microsocks": "microsocks",
+    "socat": "socat",
+}
+"""What each lab runs, and the Debian package it is in; both run `_PROGRAMS`."""
 
 
 class LabError(Exception):
@@ -144,10 +150,10 @@ def up(
     `controller`, nobody gives the bridges flows, and nothing passes. Raises `LabError`.
     """
     require_root()
-    require_programs()
+    require_programs(nodes)
     description = _describe(state_file)
     run_dir = run_dir.resolve()
-    _check_paths(run_dir)
+    _check_paths(run_dir, _node_dir(state_file) if nodes else "")
     with _locked(run_dir) as lock:
         _sweep(run_dir)
         if nodes:
@@ -180,11 +186,12 @@ def require_root() -> None:
         raise LabError("the lab makes network namespaces, which only root may; run it with sudo")
 
 
-def require_programs() -> None:
-    """Raises `LabError` naming the packages to install, if a program is missing."""
+def require_programs(nodes: bool = False) -> None:
+    """Raises `LabError` naming the packages to install, if a program of that kind of lab is missing."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/bin", "/sbin", "/bin"])
-    missing = {package for program, package in _PROGRAMS.items() if shutil.which(program, path=path) is None}
-    if not missing and not list(Path("/usr/lib/python3/dist-packages").glob("mininet/net.py")):
+    programs = _PROGRAMS | (_NODE_PROGRAMS if nodes else _MININET_PROGRAMS)
+    missing = {package for program, package in programs.items() if shutil.which(program, path=path) is None}
+    if not (missing or nodes) and not list(Path("/usr/lib/python3/dist-packages").glob("mininet/net.py")):
         missing = {"mininet"}
     if missing:
         packages = " ".join(sorted(missing))
@@ -205,9 +212,15 @@ def _describe(state_file: Path) -> str:
         raise InvalidState(str(exc)) from exc
 
 
-def _check_paths(run_dir: Path) -> None:
+def _node_dir(state_file: Path) -> str:
+    from lab.nodes import node_name
+
+    return f"nodes/{node_name(state_file)}"
+
+
+def _check_paths(run_dir: Path, node_dir: str) -> None:
     # The longest socket of the lab; a Unix socket's address has 107 characters.
-    socket = run_dir / "ovs" / "mesh-privacy-123.mgmt"
+    socket = run_dir / node_dir / "ovs" / "mesh-privacy-123.mgmt"
     if len(str(socket)) > 107:
         raise LabError(f"{run_dir} is too long a name for a directory with sockets in it; choose a shorter one")
     if run_dir.exists() and not run_dir.is_dir():

@@ -8,6 +8,7 @@ and RFC 3849 set aside for documentation. Imports the agent's keys, and readers 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +24,8 @@ from controller.statefile import load, loads
 WARP_PORT, PRIVACY_PORT, MGMT_PORT, VPN_PORT = 2408, 51821, 51822, 51820
 INET, EXIT = "198.51.100.10", "203.0.113.100"
 DROPLET_PRIVACY, DROPLET_MGMT = "10.0.0.50", "10.1.0.50"
-SECOND = "oo1425oo"
+OUTSIDERS = ("warp", "droplet", "laptop", "admin", "inet")
+_SECOND = ("oo1425oo", "oo1426oo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +77,19 @@ class World:
         return asdict(self)
 
 
+def node_name(state_file: Path) -> str:
+    """What the node of a state file is called in the lab: as the file, in letters that go anywhere."""
+    name = re.sub(r"[^A-Za-z0-9-]+", "-", state_file.name.split(".")[0]).strip("-")[:32]
+    return f"node-{name}".rstrip("-") if name in ("", "host", "router", *OUTSIDERS) else name
+
+
 def plan(state_file: Path, keys_dir: Path) -> World:
     """What to build for a state file. `keys_dir` is where nodes' keys will be, by node. Raises `InvalidInput`."""
     loaded = load(state_file)
-    name = state_file.name.split(".")[0]
+    name = node_name(state_file)
     tree: dict[str, Any] = yaml.safe_load(state_file.read_text())
     tree = tree.get("stateConfig", tree)
-    nodes = [_Draft(name, tree, loaded.state, keys_dir, 0), _second(keys_dir)]
+    nodes = [_Draft(name, tree, loaded.state, keys_dir, 0), _second(keys_dir, name)]
     droplet = {mesh: new_private_key() for mesh in ("privacy", "mgmt")}
     warp = new_private_key()
     for node in nodes:
@@ -115,7 +123,8 @@ def _tunnels(nodes: list[_Draft], droplet: dict[str, Any], warp: str) -> dict[st
 def _config(private_key: str, port: int, peers: Sequence[tuple[str, str, str | None]]) -> str:
     lines = ["[Interface]", f"PrivateKey = {private_key}", f"ListenPort = {port}"]
     for key, allowed, endpoint in peers:
-        lines += ["[Peer]", f"PublicKey = {key}", f"AllowedIPs = {allowed}", "PersistentKeepalive = 25"]
+        lines += ["[Peer]", f"PublicKey = {key}", "PersistentKeepalive = 25"]
+        lines += [f"AllowedIPs = {allowed}"] if allowed else []
         lines += [f"Endpoint = {endpoint}"] if endpoint is not None else []
     return "\n".join(lines) + "\n"
 
@@ -153,7 +162,11 @@ class _Draft:
     def overlay(self, warp_key: str) -> None:
         wireguard = self.tree.setdefault("wireguard", {})
         warp = wireguard.get("warp_tunnel")
+        ways_out = [network.egress.port for network in self.state.networks if network.egress is not None]
+        if warp is None and ways_out:
+            warp = wireguard["warp_tunnel"] = {"interface": ways_out[0]}
         if warp is not None:
+            warp.pop("config", None)  # of a node that is not in a lab
             endpoint = f"{UPLINKS['warp'].address.partition('/')[0]}:{WARP_PORT}"
             peer = {
                 "public_key": warp_key,
@@ -172,12 +185,13 @@ class _Draft:
         for joined in self.tree.get("netmaker", {}).get("networks", ()):
             mesh = joined["interface"].removeprefix("nm-")
             if mesh in self._peers:
+                for elsewhere in ("config", "server", "token_file"):
+                    joined.pop(elsewhere, None)
                 joined |= {
                     "private_key_file": str(self._keys_dir / mesh),
                     "listen_port": self.port(mesh),
                     "peers": self._peers[mesh],
                 }
-                joined.pop("server", None)
         for network in self.state.networks:
             spec = self.tree.setdefault("networks", {}).setdefault(network.name, {})
             spec.setdefault("dns", {"upstream": [INET]} if network.egress is not None else {})
@@ -207,8 +221,9 @@ class _Draft:
         return Node(self.name, NODE_UPLINKS[self._index], self.tree, keys, containers)
 
 
-def _second(keys_dir: Path) -> _Draft:
+def _second(keys_dir: Path, first: str) -> _Draft:
     """A node with one container in each network, and a tunnel of its own."""
+    name = next(name for name in _SECOND if name != first)
     tree: dict[str, Any] = {
         "networks": {
             "privacy": {
@@ -236,4 +251,4 @@ def _second(keys_dir: Path) -> _Draft:
             ]
         },
     }  # fmt: skip
-    return _Draft(SECOND, tree, loads(yaml.safe_dump(tree, sort_keys=False), SECOND).state, keys_dir, 1)
+    return _Draft(name, tree, loads(yaml.safe_dump(tree, sort_keys=False), name).state, keys_dir, 1)

@@ -46,10 +46,14 @@ def die_with_parent() -> None:
 
 def _listens(path: Path) -> bool:
     """Whether somebody answers at a Unix socket: it is there a moment before that."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock, contextlib.suppress(OSError):
-        sock.connect(str(path))
-        return True
-    return False
+    directory = os.open(path.parent, os.O_PATH)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock, contextlib.suppress(OSError):
+            sock.connect(f"/proc/self/fd/{directory}/{path.name}")  # the path itself may be too long for an address
+            return True
+        return False
+    finally:
+        os.close(directory)
 
 
 class Here:

@@ -1,8 +1,11 @@
 """Traffic for the lab: answers it, and tries it. Runs inside a host of the lab, on any Python 3.
 
     probe.py serve tcp:9573 udp:51820     answers with the name given by --name; tells on stdout who came, and with
-                                          --watch INTERFACE every kind of packet that was seen there
+                                          --watch INTERFACE every kind of packet that was seen there. ipv6:eth0 hears
+                                          UDP in IPv6 there, whether or not this host would speak it
     probe.py try < tries.json             runs all tries at once; prints one outcome for each
+    probe.py left eth0                    until stdin ends, looks at all that leaves by an interface; prints how many
+                                          packets of WireGuard, how many of neighbours, and what else
 
 A try is {"proto": "tcp|udp|icmp", "to": ADDRESS, "port": N, "from": ADDRESS, "spoof": ADDRESS, "socks": ADDRESS:PORT, "timeout_s": S}; an outcome
 {"outcome": "reply|refused|silence|error", "data": TEXT, "s": SECONDS}. Standard library only.
@@ -27,7 +30,13 @@ TIMEOUT_S = 1.5
 AGAIN_S = 0.4
 """A lost datagram is sent again so soon: a flow just learned takes effect only when the datapath's cache is done."""
 ECHO_REPLY, UNREACHABLE, ECHO = 0, 3, 8
-ETH_P_IP, PACKET_OUTGOING, TCP_RST = 0x0800, 4, 0x04
+ETH_P_ALL, ETH_P_IP, ETH_P_ARP, ETH_P_IPV6 = 0x0003, 0x0800, 0x0806, 0x86DD
+PACKET_OUTGOING, TCP_RST = 4, 0x04
+SOL_PACKET, PACKET_STATISTICS, SO_RCVBUFFORCE = 263, 6, 33
+NEIGHBOURS = frozenset({130, 131, 132, 133, 134, 135, 136, 137, 143})
+"""ICMPv6 that is about who is on a link: multicast listeners, neighbours, routers."""
+WIREGUARD = frozenset(bytes([kind, 0, 0, 0]) for kind in (1, 2, 3, 4))
+MANY = 10
 REFUSALS = frozenset({errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EACCES, errno.ENOPROTOOPT})
 """What the kernel makes of a TCP reset and of ICMP destination unreachable."""
 MAX_BYTES = 2048
@@ -46,6 +55,9 @@ def serve(name: str, endpoints: list[str], interfaces: list[str]) -> None:
     seen: set[str] = set()
     for endpoint in endpoints:
         proto, _, port = endpoint.partition(":")
+        if proto == "ipv6":
+            sockets[watch(port, ETH_P_IPV6)] = (proto, 0)
+            continue
         kind = socket.SOCK_STREAM if proto == "tcp" else socket.SOCK_DGRAM
         server = socket.socket(socket.AF_INET, kind)
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -72,6 +84,12 @@ def answer(name: str, server: socket.socket, proto: str, port: int) -> None:
             with connection:
                 connection.sendall(name.encode())
             said = b""
+        elif proto == "ipv6":
+            packet, address = server.recvfrom(MAX_BYTES)
+            if address[2] == PACKET_OUTGOING or packet[6] != socket.IPPROTO_UDP:
+                return
+            sender, said = (socket.inet_ntop(socket.AF_INET6, packet[8:24]),), packet[48:]
+            port = struct.unpack("!H", packet[42:44])[0]
         else:
             said, sender = server.recvfrom(MAX_BYTES)
             reply(name, server, sender)
@@ -85,10 +103,10 @@ def reply(name: str, server: socket.socket, sender: tuple[str, int]) -> None:
     server.sendto(name.encode(), sender)
 
 
-def watch(interface: str) -> socket.socket:
-    """All IPv4 packets of an interface (packet(7))."""
-    sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_IP))
-    sock.bind((interface, ETH_P_IP))
+def watch(interface: str, ethertype: int = ETH_P_IP) -> socket.socket:
+    """All packets of one kind of an interface (packet(7)), IPv4 unless told otherwise."""
+    sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ethertype))
+    sock.bind((interface, ethertype))
     return sock
 
 
@@ -111,6 +129,48 @@ def kind_of(packet: bytes) -> str | None:
     proto = {socket.IPPROTO_TCP: "tcp", socket.IPPROTO_UDP: "udp"}.get(packet[9])
     ports = struct.unpack("!HH", inner[:4]) if proto else (0, 0)
     return f"{sender} {proto or packet[9]} {ports[0]} {ports[1]}"
+
+
+# -- what leaves ------------------------------------------------------------------------------------------------------
+
+
+def left(interface: str) -> None:
+    """Look at every packet that leaves until stdin ends, then print one JSON object."""
+    counted = {"wireguard": 0, "neighbours": 0, "others": 0}
+    kinds: set[str] = set()
+    sock = watch(interface, ETH_P_ALL)
+    sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 16 << 20)
+    print("ready", flush=True)
+    while sys.stdin not in select.select([sock, sys.stdin], [], [])[0] or select.select([sock], [], [], 0)[0]:
+        packet, address = sock.recvfrom(MAX_BYTES)
+        if address[2] == PACKET_OUTGOING:
+            kind = leaving(address[1], packet)
+            counted[kind if kind in counted else "others"] += 1
+            if kind not in counted and len(kinds) < MANY:
+                kinds.add(kind)
+    lost = struct.unpack("II", sock.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))[1]
+    json.dump({**counted, "lost": lost, "kinds": sorted(kinds)}, sys.stdout)
+
+
+def leaving(ethertype: int, packet: bytes) -> str:
+    """`wireguard`, `neighbours`, or what else a packet is. WireGuard is known by its messages' first four bytes."""
+    if ethertype == ETH_P_ARP:
+        return "neighbours"
+    if ethertype == ETH_P_IPV6 and packet[6] == 0:  # multicast listener reports come after a hop-by-hop header
+        return "neighbours" if packet[40] == socket.IPPROTO_ICMPV6 and packet[48] in NEIGHBOURS else "ipv6"
+    if ethertype == ETH_P_IPV6:
+        family, proto, ends, inner = socket.AF_INET6, packet[6], packet[8:40], packet[40:]
+    elif ethertype == ETH_P_IP:
+        family, proto, ends, inner = socket.AF_INET, packet[9], packet[12:20], packet[(packet[0] & 0xF) * 4 :]
+    else:
+        return f"ethertype 0x{ethertype:04x}"
+    if proto == socket.IPPROTO_ICMPV6 and family == socket.AF_INET6 and inner[0] in NEIGHBOURS:
+        return "neighbours"
+    if proto == socket.IPPROTO_UDP and inner[8:12] in WIREGUARD and len(inner) >= 40:
+        return "wireguard"
+    half = len(ends) // 2
+    sender, target = socket.inet_ntop(family, ends[:half]), socket.inet_ntop(family, ends[half:])
+    return f"{sender} to {target}, protocol {proto}"
 
 
 # -- trying -----------------------------------------------------------------------------------------------------------
@@ -230,6 +290,10 @@ def try_spoof(what: Try, timeout_s: float) -> str:
     """Send a UDP datagram with a forged source. An answer could not come here; ask the receiver what arrived."""
     said = what.get("say", "hello").encode()
     udp = struct.pack("!HHHH", 40000, what["port"], 8 + len(said), 0) + said
+    if ":" in what["spoof"]:
+        send_ipv6(what["spoof"], what["to"], udp)
+        time.sleep(min(timeout_s, 0.3))
+        raise TimeoutError
     source, target = socket.inet_aton(what["spoof"]), socket.inet_aton(what["to"])
     # Length, checksum and identification are filled in by the kernel (raw(7)).
     ip = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 0, 0, 0, 64, socket.IPPROTO_UDP, 0, source, target)
@@ -237,6 +301,15 @@ def try_spoof(what: Try, timeout_s: float) -> str:
         sock.sendto(ip + udp, (what["to"], 0))
     time.sleep(min(timeout_s, 0.3))
     raise TimeoutError
+
+
+def send_ipv6(source: str, target: str, udp: bytes, interface: str = "eth0") -> None:
+    """Send a datagram in IPv6 to every station of a link, though this host may not speak IPv6."""
+    ends = socket.inet_pton(socket.AF_INET6, source) + socket.inet_pton(socket.AF_INET6, target)
+    header = struct.pack("!IHBB", 6 << 28, len(udp), socket.IPPROTO_UDP, 64) + ends
+    with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_IPV6)) as sock:
+        for station in (b"\x33\x33\x00\x00\x00\x01", b"\xff" * 6):
+            sock.sendto(header + udp, (interface, ETH_P_IPV6, 0, 0, station))
 
 
 ATTEMPTS = {"tcp": try_tcp, "udp": try_udp, "icmp": try_icmp, "spoof": try_spoof, "socks": try_socks}
@@ -266,9 +339,12 @@ def main() -> int:
     server.add_argument("--watch", action="append", default=[], metavar="INTERFACE")
     server.add_argument("endpoints", nargs="+")
     commands.add_parser("try")
+    commands.add_parser("left").add_argument("interface")
     options = parser.parse_args()
     if options.command == "serve":
         serve(options.name, options.endpoints, options.watch)
+    elif options.command == "left":
+        left(options.interface)
     else:
         json.dump(run_tries(json.load(sys.stdin)), sys.stdout)
     return 0

@@ -58,6 +58,18 @@ class Result:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Left:
+    """Packets that have left by an interface. `others` are neither WireGuard nor about neighbours; `kinds` says what
+    they are. `lost` ones were too many to look at."""
+
+    wireguard: int
+    neighbours: int
+    others: int
+    lost: int
+    kinds: tuple[str, ...]
+
+
 class Traffic:
     """Servers in hosts of a lab, for as long as the context lasts."""
 
@@ -65,15 +77,17 @@ class Traffic:
         self.lab = lab
         self._files = tempfile.TemporaryDirectory(prefix="bulkhead-traffic-")
         self._servers: dict[str, subprocess.Popen[str]] = {}
+        self._uplinks: dict[str, subprocess.Popen[str]] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for server in self._servers.values():
+        started = [*self._servers.values(), *self._uplinks.values()]
+        for server in started:
             assert server.stdin is not None
             server.stdin.close()
-        for server in self._servers.values():
+        for server in started:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 server.wait(5)
         self._files.cleanup()
@@ -99,6 +113,23 @@ class Traffic:
                 said = "; ".join(self._heard(host).read_text().strip() for host in dead or waiting)
                 raise LabError(f"no server in {', '.join(dead or waiting)}: {said}")
             time.sleep(0.01)
+
+    def watch_uplink(self, host: str, interface: str) -> None:
+        """Look at all that leaves a host by an interface, until `uplinks` is called."""
+        process = spawn(self.lab, host, _probe("left", interface), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        if process.stdout.readline() != "ready\n":
+            raise LabError(f"nobody looks at what leaves {host} by {interface}")
+        self._uplinks[host] = process
+
+    def uplinks(self) -> dict[str, Left]:
+        """What has left since, by host."""
+        out = {}
+        while self._uplinks:
+            host, process = self._uplinks.popitem()
+            found = json.loads(process.communicate(timeout=TRY_LIMIT_S)[0])
+            out[host] = Left(**{**found, "kinds": tuple(found["kinds"])})
+        return dict(reversed(out.items()))
 
     def heard(self, host: str) -> list[str]:
         """What the server of a host was asked so far: `udp 4000 10.0.0.102 hello`."""

@@ -24,20 +24,25 @@ from lab.nodes import Node, Uplink
 from lab.ovs import Here, LabError, Namespace, PrivateOvs, die_with_parent
 
 WATCH_S = 0.5
-OUTSIDERS = ("warp", "droplet", "laptop", "admin", "inet")
-_NODE = (
-    "mount --make-rprivate / && mount -t sysfs own /sys && for d in /run/netns /run/wireguard /run/lxc; do mkdir -p $d && mount -t tmpfs own $d; done && "
-    # /etc/netns is made by the agent: in a copy, since it must not be made on the host.
-    "mkdir -p $1/etc && cp -a /etc/. $1/etc && mount --bind $1/etc /etc && echo ready && exec sleep infinity"
-)
+# The agent makes /etc/netns, which must not be the host's: /etc is a directory of links to the host's files, which the
+# node may read. A copy would leave the host's secrets in the lab's directory.
+_NODE = """
+mount --make-rprivate / && mount -t sysfs own /sys || exit 1
+for dir in /run/netns /run/wireguard /run/lxc; do mkdir -p $dir && mount -t tmpfs own $dir || exit 1; done
+mkdir -p /run/etc && mount --rbind /etc /run/etc && mount -o remount,bind,ro /run/etc || exit 1
+mount -t tmpfs -o mode=755 own /etc || exit 1
+find /run/etc -mindepth 1 -maxdepth 1 ! -name netns ! -type l -exec ln -s -t /etc {} + || exit 1
+find /run/etc -mindepth 1 -maxdepth 1 -type l -exec cp -P -t /etc {} + || exit 1
+echo ready && exec sleep infinity
+"""
 
 
 class Place(Namespace):
     """A node's namespaces for network and mounts."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self) -> None:
         self._holder = subprocess.Popen(
-            ["unshare", "--net", "--mount", "sh", "-c", _NODE, "sh", str(directory)],
+            ["unshare", "--net", "--mount", "sh", "-c", _NODE],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             start_new_session=True,
@@ -45,7 +50,7 @@ class Place(Namespace):
         )
         assert self._holder.stdout is not None
         if self._holder.stdout.readline() != b"ready\n":
-            raise LabError(f"a node's namespaces were not made; is there room in {directory}?")
+            raise LabError("a node's namespaces for network and mounts could not be made")
         self.pid = self._holder.pid
         self.run("ip", "link", "set", "lo", "up")
 
@@ -75,7 +80,7 @@ class World:
         self._nodes = planned.nodes
         self._say("building the internet")
         self._internet()
-        for name in OUTSIDERS:
+        for name in nodes.OUTSIDERS:
             self._places[name] = Namespace()
             self._join(name, nodes.UPLINKS[name])
         for host, tunnels in planned.tunnels.items():
@@ -138,7 +143,7 @@ class World:
             "ip address add 172.16.0.1/32 dev warp-wg0",
             "ip route add 172.16.0.0/24 dev warp-wg0",
             "ip route add 10.0.0.0/24 dev warp-wg0",
-            "sysctl -qw net.ipv4.ip_forward=1",
+            "echo 1 > /proc/sys/net/ipv4/ip_forward",
             "nft add table ip exit",
             "nft add chain ip exit post '{ type nat hook postrouting priority srcnat; }'",
             f"nft add rule ip exit post oifname eth0 ip saddr 172.16.0.0/24 snat to {nodes.EXIT}",
@@ -194,7 +199,8 @@ class World:
         directory = self.node_dir(node.name)
         keys = self._run_dir / "keys" / node.name
         directory.mkdir(parents=True)
-        keys.mkdir(parents=True, mode=0o700)
+        keys.parent.mkdir(mode=0o700, exist_ok=True)
+        keys.mkdir(mode=0o700)
         inner = self.inner_dir(node.name)
         inner.mkdir(parents=True)
         first.mount("--bind", str(directory), str(inner))
@@ -204,7 +210,7 @@ class World:
                 file.write(f"{key}\n")
         state = directory / "node.yaml"
         state.write_text(yaml.safe_dump(node.state, sort_keys=False))
-        place = self._places[node.name] = Place(directory)
+        place = self._places[node.name] = Place()
         self._join(node.name, node.uplink)
         ovs = self._ovs[node.name] = PrivateOvs(directory / "ovs", namespace=place)
         ovs.start()
@@ -296,7 +302,7 @@ class World:
                     _host(each["name"], "container", each["network"], each["port"], each["address"], *aliases, **common)
                     | {"netns": f"bulkhead-{each['id']}"}
                 )
-        for name in OUTSIDERS:
+        for name in nodes.OUTSIDERS:
             place = self._places[name]
             assert isinstance(place, Namespace)
             out.append(_host(name, "outside", "", "eth0", nodes.UPLINKS[name].address, pid=place.pid, node="", env={}))

@@ -233,7 +233,7 @@ def test_bulk_tcp_passes(lab: Status) -> None:
 
 def test_demo_shows_what_is_expected_and_cleans_up(tmp_path: Path) -> None:
     run_dir = tmp_path / "demo"
-    done = run_cli("demo", "--no-follow", "--json", "--run-dir", str(run_dir))
+    done = run_cli("demo", "--mininet", "--no-follow", "--json", "--run-dir", str(run_dir))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(done.stdout)
     assert len(rows) == len(demo.EXAMPLES) >= 10
@@ -244,7 +244,7 @@ def test_demo_shows_what_is_expected_and_cleans_up(tmp_path: Path) -> None:
 def test_demo_follows_events_until_interrupted(tmp_path: Path) -> None:
     run_dir = tmp_path / "demo"
     process = subprocess.Popen(
-        [sys.executable, "-m", "lab", "demo", "--run-dir", str(run_dir)],
+        [sys.executable, "-m", "lab", "demo", "--mininet", "--run-dir", str(run_dir)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     assert process.stdout is not None
@@ -468,12 +468,12 @@ def test_not_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def which(program: str, path: str | None = None) -> str | None:
-        return None if program in ("ovs-vswitchd", "mnexec") else program
+        return None if program in ("ovs-vswitchd", "wg") else program
 
     monkeypatch.setattr(shutil, "which", which)
     done = invoke("up", "--run-dir", str(tmp_path / "lab"))
     assert done.exit_code == 2
-    assert "apt-get install mininet openvswitch-switch" in done.output
+    assert "apt-get install openvswitch-switch wireguard-tools" in done.output
     assert_one_line(done.output)
 
 
