@@ -186,11 +186,18 @@ class World:
         """A node's directory."""
         return self._run_dir / "nodes" / name
 
+    def inner_dir(self, name: str) -> Path:
+        """The same by a path that is open to everybody inside: resolvers read their names there as nobody."""
+        return Path("/run/nodes", name)
+
     def _node(self, node: Node) -> None:
         directory = self.node_dir(node.name)
         keys = self._run_dir / "keys" / node.name
-        directory.mkdir(parents=True)  # open: the resolver reads its names there as nobody
+        directory.mkdir(parents=True)
         keys.mkdir(parents=True, mode=0o700)
+        inner = self.inner_dir(node.name)
+        inner.mkdir(parents=True)
+        first.mount("--bind", str(directory), str(inner))
         for name, key in node.keys.items():
             descriptor = os.open(keys / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "w") as file:
@@ -202,13 +209,13 @@ class World:
         ovs = self._ovs[node.name] = PrivateOvs(directory / "ovs", namespace=place)
         ovs.start()
         command = [sys.executable, "-c", "from controller.cli import main; main()", "up", str(state)]
-        options = ["--ovsdb", ovs.db, "-v"]
+        options = ["-v"]
         env = self.node_env(node.name) | {"PYTHONPATH": str(places.OVS_LIBRARY.parent.parent)}
         self._spawn(f"{node.name}: bulkhead up", place, [*command, *options], env)
 
     def node_env(self, name: str) -> dict[str, str]:
         """What makes commands on a node find what is the node's."""
-        directory = self.node_dir(name)
+        directory = self.inner_dir(name)
         return {
             "BULKHEAD_RUN_DIR": str(directory / "run"),
             "BULKHEAD_STATE_DIR": str(directory / "state"),

@@ -1,7 +1,7 @@
 """nftables: one table of ours, loaded in one transaction, read back and compared.
 
 nft prints a table otherwise than it was written, so what it prints right after loading is kept beside the digest of what
-was wanted; later the table must still be printed so. No other table is ever named. Imports files, resource, run.
+was wanted; later the table must still be printed so. No other table is ever named. Imports files, nftgen, resource, run.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from itertools import zip_longest
 from pathlib import Path
 
 from controller.agent.files import read_or_none, write_atomically
+from controller.agent.nftgen import Generation, generation
 from controller.agent.resource import Change, Failed, Sign
 from controller.agent.run import NETNS_DIR, call
 
 TABLE = "bulkhead"
 """The name of every table of ours, whatever its family."""
+_TRIES = 3
 _ABSENT = ("No such file or directory", "does not exist")
 
 
@@ -72,6 +74,7 @@ class NftTable:
         self.needs = tuple(needs)
         self.watches = (namespace,) if callable(text) else ()
         self._text = text
+        self._good: tuple[Generation, str] | None = None
         self._kept = kept_path(run_dir, family, namespace)
 
     @property
@@ -96,6 +99,11 @@ class NftTable:
 
         if not self._has_place():
             return [Change(Sign.ADD, self.what, "missing", load)]
+        # A device that goes takes its chain with it, and no new state is counted for that.
+        now = generation(self.namespace) if self.family != "netdev" else None
+        if now is not None and (now, text) == self._good:
+            return []
+        self._good = None
         found = await listing(self.family, self.namespace)
         if found is None:
             return [Change(Sign.ADD, self.what, "missing", load)]
@@ -108,13 +116,21 @@ class NftTable:
             ]
         if kept.listing != found:
             return [Change(Sign.CHANGE, self.what, f"was changed: {first_difference(found, kept.listing)}", load)]
+        self._good = now and (now, text)
         return []
 
     async def load(self, text: str | None = None) -> None:
         """Put the wanted text in the table's place, as a whole or not at all. Raises `Failed`."""
         text = self.wanted() if text is None else text
-        await call("nft", "-f", "-", namespace=self.namespace, stdin=transaction(self.family, text))
-        printed = await listing(self.family, self.namespace)
+        printed = None
+        for _ in range(_TRIES):
+            before = generation(self.namespace)
+            await call("nft", "-f", "-", namespace=self.namespace, stdin=transaction(self.family, text))
+            printed = await listing(self.family, self.namespace)
+            after = generation(self.namespace)
+            # What somebody else did in between must not be remembered as wanted.
+            if before is None or after is None or after.number - before.number == 1:
+                break
         if printed is None:
             raise Failed(f"{self.what} was loaded and is gone again; see who else manages nftables here")
         write_kept(self._kept, Kept(text_digest(text), text, printed))

@@ -7,7 +7,7 @@ put it back for. Imports files, netns, resource, run.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from controller.agent.files import read_or_none, write_atomically
@@ -27,19 +27,19 @@ class Sysctls:
     of IPv6 where there is none, is as wanted.
 
     `name` tells several apart. In the host's namespace (None) `state_dir` is where the values before are kept; without
-    it they are not.
+    it they are not. A `wanted` that is asked for anew each time follows, say, the default route.
     """
 
     def __init__(
         self,
-        wanted: Settings,
+        wanted: Settings | Callable[[], Settings],
         namespace: str | None = None,
         *,
         name: str = "",
         state_dir: Path | None = None,
         needs: Sequence[str] = (),
     ) -> None:
-        self.wanted = dict(wanted)
+        self._wanted = wanted
         self.namespace = namespace
         self.key = "/".join(filter(None, ("sysctl", namespace or "host", name)))
         self.needs = tuple(needs)
@@ -48,20 +48,21 @@ class Sysctls:
 
     async def diff(self) -> list[Change]:
         """Write each that is otherwise."""
+        wanted = self._wanted() if callable(self._wanted) else self._wanted
         if self.namespace is not None and not (NETNS_DIR / self.namespace).exists():
-            return [self._change(path, None) for path in self.wanted]
-        found = self._there(_read_all(self.wanted))
-        return [self._change(path, value) for path, value in found.items() if value != self.wanted[path]]
+            return [self._change(path, value, None) for path, value in wanted.items()]
+        found = self._there(_read_all(wanted))
+        return [self._change(path, wanted[path], value) for path, value in found.items() if value != wanted[path]]
 
-    def _change(self, path: str, value: str | None) -> Change:
+    def _change(self, path: str, wanted: str, found: str | None) -> Change:
         async def write() -> None:
-            if self._before is not None and value is not None:
-                _keep(self._before, path, value)
-            self._there(_write(path, self.wanted[path]))
+            if self._before is not None and found is not None:
+                _keep(self._before, path, found)
+            self._there(_write(path, wanted))
 
         place = f" in {self.namespace}" if self.namespace else ""
-        why = "not known yet" if value is None else f"is {value}"
-        return Change(Sign.CHANGE, f"sysctl {path}={self.wanted[path]}{place}", why, write)
+        why = "not known yet" if found is None else f"is {found}"
+        return Change(Sign.CHANGE, f"sysctl {path}={wanted}{place}", why, write)
 
     def _there(self, function: _Step) -> dict[str, str]:
         # Our own namespace needs no thread: these files answer at once.

@@ -147,7 +147,7 @@ def test_a_bad_file_changes_nothing(host: BareHost) -> None:
     state = host.state_file.read_text()
     host.state_file.write_text(state.replace("10.0.0.102/24", "10.0.0.300/24"))
     host.until(lambda: bool(host.events("state_rejected")), 10, "rejected")
-    assert "10.0.0.300" in host.events("state_rejected")[-1]["text"]
+    assert "10.0.0.300" in host.events("state_rejected")[-1].text
     assert host.reaches("100", "10.0.0.102")
     host.state_file.write_text(state)
 
@@ -196,8 +196,8 @@ def test_a_bridge_that_was_there_is_taken_over_and_given_back(bare: BareHost) ->
 def test_a_stranger_of_that_name_is_told_and_left_alone(bare: BareHost) -> None:
     bare.machine.sh("ip tuntap add veth102 mode tap")
     bare.start("up")
-    bare.until(lambda: any("veth102" in event["text"] for event in bare.events("host_error")), 20, "told")
-    text = next(event["text"] for event in bare.events("host_error") if "veth102" in event["text"])
+    bare.until(lambda: any("veth102" in event.text for event in bare.events("host_error")), 20, "told")
+    text = next(event.text for event in bare.events("host_error") if "veth102" in event.text)
     assert "is there already" in text and "tun" in text
     bare.until(lambda: bare.reaches("201", "10.1.0.200"), 20, "the others built")
     assert "tun" in bare.machine.run("ip", "-d", "link", "show", "veth102")
@@ -210,7 +210,7 @@ def test_no_open_vswitch_is_told_and_waited_for(bare: BareHost) -> None:
     hidden = socket.with_name("hidden")
     socket.rename(hidden)
     bare.start("agent")
-    bare.until(lambda: any("Open vSwitch does not answer" in e["text"] for e in bare.events("host_error")), 20, "told")
+    bare.until(lambda: any("Open vSwitch does not answer" in e.text for e in bare.events("host_error")), 20, "told")
     hidden.rename(socket)
     bare.start("controller")
     bare.settle()
