@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -33,6 +34,7 @@ from controller.terminal import (
 
 RESTART_S = 1.0
 STOP_S = 10.0
+_PR_SET_PDEATHSIG = 1
 
 state_dir_option = click.option(
     "--state-dir",
@@ -101,7 +103,7 @@ def up(
     Whichever of the two dies is started again. SIGTERM stops both, and everything stays as it is; `bulkhead down FILE`
     takes it away.
     """
-    from controller.agent.agent import holder, require_root
+    from controller.agent.agent import UP_LOCK, holder, only_one, require_root
     from controller.statefile import load
 
     require_root()
@@ -115,7 +117,13 @@ def up(
         "controller": [*again, "controller", str(settings.state_file), "--listen", controller, *common, "--events", str(events_dir)],
         "agent": [*again, "agent", str(settings.state_file), *common, "--state-dir", str(settings.state_dir), "--controller", controller],
     }  # fmt: skip
-    _Pair(commands).run()
+    with only_one(settings, UP_LOCK):
+        _Pair(commands).run()
+
+
+def _end_with_parent() -> None:
+    """Have this process told to end when its parent is killed: nobody else would ever stop it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
 
 class _Pair:
@@ -146,7 +154,7 @@ class _Pair:
             say(f"bulkhead: the {name} has ended with exit code {process.returncode}; starting it again")
             time.sleep(RESTART_S)
         if not self._stopping:
-            self._running[name] = subprocess.Popen(command, start_new_session=True)
+            self._running[name] = subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent)
 
     def _signalled(self, number: int, _frame: object) -> None:
         if number == signal.SIGHUP:
@@ -204,25 +212,20 @@ def down(file: Path, run_dir: Path, state_dir: Path, ovsdb: str, purge: bool, as
 
 
 def _stop_agent(settings: Settings) -> None:
-    from controller.agent.agent import holder
+    """Whoever keeps it running comes first, or it would be started again."""
+    from controller.agent.agent import LOCK, UP_LOCK, holder
 
-    pid = holder(settings)
-    if pid is None:
-        return
-    with contextlib.suppress(OSError):
-        parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        command = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
-        if b"up" in command and str(settings.state_file).encode() in [
-            os.path.abspath(part) for part in command if part
-        ]:
-            os.kill(parent, signal.SIGTERM)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + STOP_S
-    while holder(settings) is not None:
-        if time.monotonic() > deadline:
-            raise BulkheadError(f"the agent (process {pid}) does not end; stop it: kill -9 {pid}")
-        time.sleep(0.05)
+    for lock, what in ((UP_LOCK, "bulkhead up"), (LOCK, "the agent")):
+        pid = holder(settings, lock)
+        if pid is None:
+            continue
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + 2 * STOP_S + 1  # `up` gives each of its two so long
+        while holder(settings, lock) is not None:
+            if time.monotonic() > deadline:
+                raise BulkheadError(f"{what} (process {pid}) does not end; stop it: kill -9 {pid}")
+            time.sleep(0.05)
 
 
 def plan_host(file: Path, run_dir: Path, state_dir: Path, ovsdb: str) -> list[dict[str, str]]:

@@ -11,6 +11,7 @@ import ctypes
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -41,6 +42,14 @@ _LIBC = ctypes.CDLL(None)
 def die_with_parent() -> None:
     """For `preexec_fn`: the child gets SIGKILL when this process ends, however it ends (prctl(2))."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _listens(path: Path) -> bool:
+    """Whether somebody answers at a Unix socket: it is there a moment before that."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock, contextlib.suppress(OSError):
+        sock.connect(str(path))
+        return True
+    return False
 
 
 class Here:
@@ -179,7 +188,7 @@ class PrivateOvs:
 
     def _wait_for(self, path: Path, timeout_s: float = 10) -> None:
         deadline = time.monotonic() + timeout_s
-        while not path.exists():
+        while not _listens(path):
             if time.monotonic() > deadline:
                 errors = "\n".join(p.read_text() for p in self.directory.glob("*.err"))
                 raise LabError(f"{path} did not appear: {errors}")

@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from controller.agent.reconciler import Done, Faults, Phase, Reconciler
 from controller.agent.resource import Failed
 from controller.agent.settings import Settings
 from controller.agent.teardown import leftovers
+from controller.agent.telling import Limiter
 from controller.agent.vpn import Clients
 from controller.eventlog import EventLog
 from controller.events import Event, Kind
@@ -37,7 +38,8 @@ from controller.statefile import Loaded, load
 
 LOG = logging.getLogger("bulkhead.agent")
 RELOAD_S = 0.25
-LOCK, STATUS = "agent.lock", "status.json"
+AGAIN_S = 1.0
+LOCK, UP_LOCK, STATUS = "agent.lock", "up.lock", "status.json"
 
 
 class Agent:
@@ -46,9 +48,11 @@ class Agent:
     def __init__(self, settings: Settings, loaded: Loaded, log: EventLog) -> None:
         self._settings = settings
         self._loaded = loaded
+        self._wanted: Loaded | None = None
         self._log = log
         self._started = time.monotonic()
         self._ready = False
+        self._limiter = Limiter()
         self.reconciler = Reconciler(self._step, self._trouble, Faults.from_environment())
         self.nets = Nets(self.reconciler.changed)
         self.ovsdb = Ovsdb(settings.ovsdb, self.reconciler.ovsdb_changed)
@@ -104,6 +108,7 @@ class Agent:
         parts = Parts(self._settings, self.nets, self.ovsdb, self.controller, self.programs, self.lxc, datapath)
         resources = build(self._loaded.state, self._loaded.host, parts)
         self.reconciler.want([*await leftovers(parts, resources), *resources])
+        self._wanted = self._loaded
         self._clients = parts.clients
         for task in self._probes:
             task.cancel()
@@ -113,25 +118,40 @@ class Agent:
     # ------------------------------------------------------------------------------------------------- the state file
 
     async def _follow_file(self, reload: asyncio.Event) -> None:
-        path = self._settings.state_file
-        seen, before = _stamp(path), _stamp(path)
-        secrets, clients = self._secrets(), self._clients.stamp if self._clients is not None else ()
+        follower = self._follower(reload)
         while not self.stop.is_set():
             await asyncio.sleep(RELOAD_S)
+            try:
+                await follower()
+            except Exception as exc:  # what is there must go on being healed
+                why = str(exc) if isinstance(exc, BulkheadError) else f"{type(exc).__name__}: {exc}"
+                self._trouble("state", f"what {self._settings.state_file} says is not taken up yet: {why}")
+                await asyncio.sleep(AGAIN_S)
+
+    def _follower(self, reload: asyncio.Event) -> Callable[[], Awaitable[None]]:
+        path = self._settings.state_file
+        seen = before = _stamp(path)
+        secrets, clients = self._secrets(), self._clients.stamp if self._clients is not None else ()
+
+        async def look() -> None:
+            nonlocal seen, before, secrets, clients
             self.programs.bound_logs()
             if self._clients is not None and clients != (now_clients := self._clients.stamp):
                 clients = now_clients
                 self.reconciler.touch("wireguard/")
-            if secrets != (now_secrets := self._secrets()):
-                secrets = now_secrets
+            now_secrets = self._secrets()
+            if secrets != now_secrets or self._wanted is not self._loaded:
                 await self._want()
-            now = _stamp(path)
+                secrets = now_secrets
+            now, last = _stamp(path), before
+            before = now
             # A file that is still being written is read once it has stopped changing.
-            if reload.is_set() or before == now != seen:
+            if reload.is_set() or last == now != seen:
                 seen = now
                 reload.clear()
                 await self._reload(path)
-            before = now
+
+        return look
 
     def _secrets(self) -> list[tuple[int, int, int] | None]:
         """Stamps of the files that the state file names: another configuration means other addresses and rules."""
@@ -174,6 +194,8 @@ class Agent:
         self._tell(Kind.HOST_ERROR, f"{key}: {why}", key)
 
     def _tell(self, kind: Kind, text: str, key: str | None = None, network: str | None = None) -> None:
+        if key is not None and not self._limiter.admit(key, time.monotonic()):
+            return
         LOG.info("%s: %s", kind, text)
         try:
             self._log.append(Event(kind, text, object=key, network=network))
@@ -192,8 +214,11 @@ class Agent:
             now = self.describe()
             if now != before:
                 before = now
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(BulkheadError):
                     write_atomically(path, json.dumps(now, indent=1), 0o644)
+            for key, count in self._limiter.withheld(time.monotonic()).items():
+                text = f"{key}: {count} more events of its kind were not recorded; what changes it again and again?"
+                self._tell(Kind.HOST_ERROR, text)
             self._log.tick()
             await asyncio.sleep(0.05)
 
@@ -221,11 +246,14 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 @contextlib.contextmanager
-def only_one(settings: Settings) -> Iterator[None]:
-    """Hold the lock of the run directory. Raises `Failed` naming the process that holds it."""
-    settings.own_dir.mkdir(parents=True, exist_ok=True)
-    path = settings.own_dir / LOCK
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def only_one(settings: Settings, lock: str = LOCK) -> Iterator[None]:
+    """Hold a lock of the run directory. Raises `Failed` naming the process that holds it."""
+    path = settings.own_dir / lock
+    try:
+        settings.own_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise Failed(f"{path} cannot be made: {exc.strerror}; mend it, or use another --run-dir") from exc
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -234,16 +262,19 @@ def only_one(settings: Settings) -> Iterator[None]:
             raise Failed(
                 f"an agent runs already for {settings.run_dir} (process {holder}); stop that one, or use another --run-dir"
             ) from exc
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        # Always as long, so that a full disk does not matter the next time.
+        try:
+            os.pwrite(descriptor, f"{os.getpid():<10}\n".encode(), 0)
+        except OSError as exc:
+            raise Failed(f"{path} cannot be written: {exc.strerror}; make room there") from exc
         yield
     finally:
         os.close(descriptor)
 
 
-def holder(settings: Settings) -> int | None:
-    """The process that holds the lock of the run directory."""
-    path = settings.own_dir / LOCK
+def holder(settings: Settings, lock: str = LOCK) -> int | None:
+    """The process that holds a lock of the run directory."""
+    path = settings.own_dir / lock
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -269,7 +300,12 @@ def serve(settings: Settings) -> None:
     require_root()
     loaded = load(settings.state_file)
     with only_one(settings):
-        settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as exc:
+            raise Failed(
+                f"{settings.state_dir} cannot be made: {exc.strerror}; mend it, or use another --state-dir"
+            ) from exc
         os.umask(0o022)
         with EventLog(settings.events_dir) as log:
             asyncio.run(Agent(settings, loaded, log).run())

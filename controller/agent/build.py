@@ -15,7 +15,7 @@ from controller.agent.gate import Controller, Gate
 from controller.agent.health import Watched
 from controller.agent.hosttable import HostTable, default_uplinks
 from controller.agent.keys import KeyStore
-from controller.agent.links import End, Interface, Namespace, Veth
+from controller.agent.links import End, Interface, Namespace, Veth, our_links
 from controller.agent.lxc import Lxc, LxcContainer
 from controller.agent.names import Names, dnsmasq_command
 from controller.agent.netlink import Nets, Route
@@ -87,9 +87,10 @@ def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
         out.append(Veth(parts.nets, End(one.name), End(other.name), software_sums=_sums(parts)))
         ports[one.bridge].append(one.name)
         ports[other.bridge].append(other.name)
+    mtus = {network.name: mtu_of(network, host, parts) for network in state.networks}
     for leg in host.legs:
         if leg.enabled:
-            out += _leg(state.network(leg.network), leg, parts)
+            out += _leg(state.network(leg.network), leg, mtus[leg.network], parts)
             ports[leg.bridge].append(leg.port)
     wanted = [(network, member) for network in state.networks for member in network.members]
     containers = sorted(
@@ -97,17 +98,19 @@ def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
         key=lambda each: (each[2].order, len(each[1].id), each[1].id),
     )
     running = [each for each in containers if each[2].running]
-    mtus = {network.name: mtu_of(network, host, parts) for network in state.networks}
     for network, member, _ in running:
         out += _container_links(network, member, mtus[network.name], parts)
         ports[network.bridge].append(member.port)
     names = [name for of_bridge in ports.values() for name in of_bridge]
     if parts.datapath == Datapath.NETDEV:
         out.append(NftTable("netdev", lambda: ingress_table(name for name in names if _exists(name)), own_dir))
-    out.append(Sysctls(_host_settings(state, host, names), state_dir=parts.settings.state_dir))
-    out += (Ports(parts.ovsdb, name, tuple(of_bridge)) for name, of_bridge in ports.items())
+    # Asked for each time: the uplinks are those that a default route leads to, and it may come later, and move.
+    out.append(Sysctls(lambda: _host_settings(state, host, names), state_dir=parts.settings.state_dir))
+    out += (
+        Ports(parts.ovsdb, name, tuple(of_bridge), partial(our_links, parts.nets)) for name, of_bridge in ports.items()
+    )
     for network in state.networks:
-        out += _host_side(network, parts)
+        out += _host_side(network, mtus[network.name], parts)
     for network, member, container in running:
         out += _container(state, host, network, member, container, parts)
         if host.vpn is not None and host.vpn.container_id == member.id:
@@ -131,12 +134,13 @@ def _host_settings(state: DesiredState, host: HostState, ports: list[str]) -> di
     return wanted
 
 
-def _host_side(network: Network, parts: Parts) -> list[Resource]:
+def _host_side(network: Network, mtu: int, parts: Parts) -> list[Resource]:
     """The host's own address on a bridge, and its way to the VPN server for clients that come in by an uplink."""
     addresses = (f"{network.host}/{network.subnet.length}",) if network.host is not None else ()
     routes: tuple[Route, ...] = ()
     if network.vpn is not None and network.host is None:
-        routes = (Route(f"{network.member(network.vpn.member_id).address}/32"),)
+        # What is too long for the server's container is cut up here: it could only drop it.
+        routes = (Route(f"{network.member(network.vpn.member_id).address}/32", mtu=mtu),)
     if not addresses and not routes:
         return []
     needs = (f"bridge/{network.bridge}",)
@@ -152,13 +156,13 @@ def namespace_of(name: str) -> str:
     return f"{PREFIX}{name}"
 
 
-def _leg(network: Network, leg: Leg, parts: Parts) -> list[Resource]:
+def _leg(network: Network, leg: Leg, mtu: int, parts: Parts) -> list[Resource]:
     try:
         config = resolve(leg.tunnel, parts.keys)
     except BulkheadError:
         # Without its rules and addresses nothing of it is made; the rest of the host is.
         return [Broken(f"leg/{leg.port}", lambda: resolve(leg.tunnel, parts.keys))]
-    return [*_leg_links(network, leg, config, parts), *_leg_tunnel(network, leg, config, parts)]
+    return [*_leg_links(network, leg, config, mtu, parts), *_leg_tunnel(network, leg, config, parts)]
 
 
 def _leg_tunnel(network: Network, leg: Leg, config: WgConfig, parts: Parts) -> list[Resource]:
@@ -193,7 +197,7 @@ def _leg_tunnel(network: Network, leg: Leg, config: WgConfig, parts: Parts) -> l
     return [tunnel, up]
 
 
-def _leg_links(network: Network, leg: Leg, config: WgConfig, parts: Parts) -> list[Resource]:
+def _leg_links(network: Network, leg: Leg, config: WgConfig, mtu: int, parts: Parts) -> list[Resource]:
     namespace = namespace_of(leg.port)
     addresses = tuple(address for address, _ in config.addresses)
     if leg.role is Role.EGRESS:
@@ -204,7 +208,8 @@ def _leg_links(network: Network, leg: Leg, config: WgConfig, parts: Parts) -> li
         assert network.mesh is not None
         mac = network.mesh.mac
         routes = (Route("default", NEXT_HOP),)
-    near, far = End(leg.port), End("eth0", namespace, str(mac))
+    # No more than containers take: what comes in longer is cut up here, or its sender is told. They would only drop it.
+    near, far = End(leg.port), End("eth0", namespace, str(mac), mtu)
     own = (f"namespace/{namespace}",)
     # Rules come before anything that could carry a packet.
     return [

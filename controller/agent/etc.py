@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def resolvers(container: Container, zone: Zone | None) -> str:
 class TextFile:
     """A file that everybody may read."""
 
-    period = 2.0
+    period = 1.0
 
     def __init__(self, path: Path, text: str, needs: tuple[str, ...] = ()) -> None:
         self._path, self._text = path, text
@@ -49,5 +50,5 @@ def our_directories() -> list[str]:
 def remove_directory(name: str) -> None:
     """Take one of them away, and /etc/netns with the last."""
     shutil.rmtree(NETNS_ETC / name, ignore_errors=True)
-    if NETNS_ETC.is_dir() and not any(NETNS_ETC.iterdir()):
+    with contextlib.suppress(OSError):  # others have files in it, or it is a mount
         NETNS_ETC.rmdir()

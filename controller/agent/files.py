@@ -11,7 +11,17 @@ from controller.agent.resource import Failed
 
 
 def write_atomically(path: Path, text: str, mode: int = 0o600) -> None:
-    """Put `text` at `path`; readers see the old or the new, whatever happens. The directory is made, for root alone."""
+    """Put `text` at `path`; readers see the old or the new, whatever happens. The directory is made, for root alone.
+
+    Raises `Failed`.
+    """
+    try:
+        _write(path, text, mode)
+    except OSError as exc:
+        raise Failed(f"{path} cannot be written: {exc.strerror}; make room, or mend what is there") from exc
+
+
+def _write(path: Path, text: str, mode: int) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     with contextlib.suppress(FileNotFoundError):

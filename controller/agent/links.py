@@ -102,12 +102,13 @@ class Veth:
             raise Failed(
                 f"{self.near} is there already and is {_a(near.kind)}, not a veth; rename it, or the port in the state file"
             )
-        if near is not None and near.group != GROUP:
+        joined = near is not None and far is not None and near.peer == far.index and far.peer == near.index
+        if near is not None and near.group != GROUP and not (joined and far is not None and far.group == GROUP):
             raise Failed(
                 f"{self.near} is there already and is not ours; take it away (ip link delete {self.near.name}), or name "
                 "the port otherwise in the state file"
             )
-        if near is None or far is None or near.peer != far.index or far.peer != near.index:
+        if not joined:
             steps = []
             for end, link in ((self.near, near), (self.far, far)):
                 if link is not None:
@@ -119,6 +120,9 @@ class Veth:
     def _settings(self, near: Link | None, far: Link | None) -> list[Change]:
         out = []
         for end, link in ((self.near, near), (self.far, far)):
+            if link is not None and link.group != GROUP:
+                mark = self._setting(end, group=GROUP)
+                out.append(Change(Sign.CHANGE, f"interface {end}", "not marked as ours", mark))
             if link is not None and link.mtu != end.mtu:
                 why = f"it is {link.mtu}, not {end.mtu}"
                 out.append(Change(Sign.CHANGE, f"MTU of {end}", why, self._setting(end, mtu=end.mtu)))
@@ -196,7 +200,8 @@ async def our_links(nets: Nets) -> list[str]:
 class Interface:
     """What an interface in a namespace of ours is: up, with addresses, routes and permanent neighbours.
 
-    With `exact` whatever else is on it is taken away; otherwise only what contradicts.
+    With `exact` whatever else is on it is taken away; otherwise only what contradicts, and of a namespace's interface
+    the other addresses, which nobody would let through.
     """
 
     period = 5.0
@@ -247,7 +252,7 @@ class Interface:
 
     def _address_changes(self, have: set[str]) -> Iterator[Change]:
         for text in sorted(have - set(self._addresses)):
-            if self._exact:
+            if self._exact or self._namespace is not None:
                 yield Change(Sign.REMOVE, f"address {text} of {self}", "nobody wants it", self._address("del", text))
         for text in self._addresses:
             if text not in have:
@@ -320,7 +325,7 @@ class Interface:
             else:
                 what["scope"] = 253  # on the link
             if route.mtu is not None:
-                what["metrics"] = {"attrs": [("RTAX_MTU", route.mtu)]}
+                what["metrics"] = {"mtu": route.mtu}
             with explained(f"route {route} of {self} cannot be changed"):
                 await net.rtnl.route("replace" if verb == "add" else "del", **what)
 

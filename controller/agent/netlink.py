@@ -14,7 +14,7 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,12 +67,40 @@ class Route:
         return " ".join((*words, *(("mtu", str(self.mtu)) if self.mtu else ())))
 
 
+class OneAtATime:
+    """An `AsyncIPRoute` that is asked one thing at a time: the kernel refuses a second dump on a socket (EBUSY) while the
+    first is being read. Answers are whole lists. A dump that fails is `Failed`; all else raises what it raises."""
+
+    def __init__(self, rtnl: AsyncIPRoute) -> None:
+        self._rtnl = rtnl
+        self._lock = asyncio.Lock()
+
+    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
+        async def asked(*arguments: Any, **more: Any) -> Any:
+            async with self._lock:
+                try:
+                    found = await getattr(self._rtnl, name)(*arguments, **more)
+                    return [message async for message in found] if hasattr(found, "__aiter__") else found
+                except NetlinkError as exc:
+                    if name.startswith("get_"):
+                        raise Failed(
+                            f"the kernel does not tell what is there ({name}): {os.strerror(exc.code)}"
+                        ) from exc
+                    raise
+
+        return asked
+
+    def close(self) -> None:
+        """Give its socket back."""
+        self._rtnl.close()
+
+
 @dataclass(slots=True)
 class Net:
     """One network namespace."""
 
     name: str | None
-    rtnl: AsyncIPRoute
+    rtnl: OneAtATime
     watching: socket.socket
     control: socket.socket
     inode: int = 0
@@ -80,14 +108,14 @@ class Net:
 
     async def links(self) -> dict[str, Link]:
         """Every interface by name."""
-        found = [_link(message) async for message in await self.rtnl.get_links()]
+        found = [_link(message) for message in await self.rtnl.get_links()]
         return {link.name: link for link in found}
 
     async def addresses(self, index: int) -> set[str]:
         """IPv4 addresses of an interface, with prefix length."""
         return {
             f"{message.get('address')}/{message['prefixlen']}"
-            async for message in await self.rtnl.get_addr(family=socket.AF_INET)
+            for message in await self.rtnl.get_addr(family=socket.AF_INET)
             if message["index"] == index
         }
 
@@ -96,7 +124,7 @@ class Net:
         kernel = 2  # RTPROT_KERNEL
         return {
             _route(message)
-            async for message in await self.rtnl.get_routes(family=socket.AF_INET, table=MAIN_TABLE)
+            for message in await self.rtnl.get_routes(family=socket.AF_INET, table=MAIN_TABLE)
             if message.get("oif") == index and message["proto"] != kernel
         }
 
@@ -104,7 +132,7 @@ class Net:
         """Permanent IPv4 neighbours of an interface: address to MAC."""
         return {
             message.get("dst"): message.get("lladdr")
-            async for message in await self.rtnl.get_neighbours(family=socket.AF_INET)
+            for message in await self.rtnl.get_neighbours(family=socket.AF_INET)
             if message["ifindex"] == index and message["state"] & PERMANENT
         }
 
@@ -180,7 +208,7 @@ class Nets:
         await rtnl.setup_endpoint()
         loop = asyncio.get_running_loop()
         loop.add_reader(watching, self._drain, watching, name)
-        return Net(name, rtnl, watching, control, number, loop)
+        return Net(name, OneAtATime(rtnl), watching, control, number, loop)
 
     def _drain(self, watching: socket.socket, name: str | None) -> None:
         with contextlib.suppress(OSError):  # empty, or it overflowed: either way something has changed

@@ -11,8 +11,8 @@ import contextlib
 import json
 import socket
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,10 @@ BEFORE = "bulkhead-before"
 INDEX = "bulkhead-ifindex"
 """The number of the interface that a port was made for. An interface that is deleted and made again has another one,
 and the userspace datapath goes on listening to the old one."""
-TIMEOUT_S = 10
+Links = Callable[[], Awaitable[list[str]]]
+"""Answers which of the host's interfaces are ours."""
+TIMEOUT_S = 4
+"""Nothing else is healed meanwhile."""
 _COLUMNS = {
     "Open_vSwitch": ["bridges", "datapath_types", "cur_cfg", "next_cfg"],
     "Bridge": [
@@ -121,9 +124,14 @@ class Ovsdb:
             return set(rows[0].datapath_types) if rows else set()
 
     async def change(self, what: str, function: Callable[[Any, Any], None]) -> None:
-        """Run `function(tables, insert)` as one transaction. Raises `Failed` if the database refuses it."""
+        """Run `function(tables, insert)` as one transaction. Raises `Failed` if the database refuses it, `Waiting` while
+        it does not answer."""
         await self.connect()
         api = self._api
+        if not self._connection.idl._session.is_connected():  # the library would wait, and everything else with it
+            raise Waiting(
+                f"Open vSwitch does not answer at {self._remote}; start it: systemctl start openvswitch-switch"
+            )
 
         def work() -> None:
             try:
@@ -219,16 +227,17 @@ class Bridge:
         what = f"bridge {self.name}"
         if row is None:
             return [Change(Sign.ADD, f"{what} ({self._datapath})", "missing", self._apply)]
-        if row.datapath not in (self._datapath, "system" if self._datapath == "" else self._datapath) and row.ports:
-            if not (self._datapath == "system" and row.datapath == ""):
-                raise Failed(
-                    f"{what} has datapath type {row.datapath or 'system'}, not {self._datapath}; say so under host.datapath "
-                    f"in the state file, or: ovs-vsctl set bridge {self.name} datapath_type={self._datapath}"
-                )
+        if (row.datapath or "system") != self._datapath and row.mark != "made":
+            raise Failed(
+                f"{what} has datapath type {row.datapath or 'system'}, not {self._datapath}; say so under host.datapath "
+                f"in the state file, or: ovs-vsctl set bridge {self.name} datapath_type={self._datapath}"
+            )
         return [Change(Sign.CHANGE, what, why, self._apply) for why in [self._differs(row)] if why]
 
     def _differs(self, row: BridgeRow) -> str:
         found = []
+        if (row.datapath or "system") != self._datapath:
+            found.append(f"datapath type is {row.datapath or 'system'}, not {self._datapath}")
         if row.fail_mode != "secure":
             found.append(f"fail mode is {row.fail_mode or 'standalone'}, not secure")
         if row.other_config.get("datapath-id") != self._datapath_id:
@@ -249,10 +258,14 @@ class Bridge:
             bridge = _find(tables, "Bridge", self.name)
             if bridge is None:
                 bridge = self._insert(tables, insert)
+            elif MARK not in bridge.external_ids and self._looks_made(bridge):
+                bridge.setkey("external_ids", MARK, "made")
             elif MARK not in bridge.external_ids:
                 bridge.setkey("external_ids", BEFORE, json.dumps(_before(bridge)))
                 bridge.setkey("external_ids", MARK, "taken")
             # Secure comes first and the controller last; set again what is so already, and Open vSwitch clears the flows.
+            if bridge.external_ids.get(MARK) == "made" and (bridge.datapath_type or "system") != self._datapath:
+                bridge.datapath_type = self._datapath
             if _one(bridge.fail_mode) != "secure":
                 bridge.fail_mode = ["secure"]
             bridge.setkey("other_config", "datapath-id", self._datapath_id)
@@ -269,6 +282,11 @@ class Bridge:
                 bridge.controller = [row]
 
         await self._ovsdb.change(f"bridge {self.name}", work)
+
+    def _looks_made(self, bridge: Any) -> bool:
+        """Whether only our mark is missing: set up as by us, and nobody else's ports on it."""
+        only_ours = all(port.name == self.name or MARK in port.external_ids for port in bridge.ports)
+        return only_ours and not self._differs(replace(_bridge(bridge), mark="made"))
 
     def _insert(self, tables: Any, insert: Any) -> Any:
         interface, port, bridge = (insert(tables[table]) for table in ("Interface", "Port", "Bridge"))
@@ -301,8 +319,8 @@ class Ports:
 
     period = 1.0
 
-    def __init__(self, ovsdb: Ovsdb, bridge: str, wanted: tuple[str, ...]) -> None:
-        self._ovsdb = ovsdb
+    def __init__(self, ovsdb: Ovsdb, bridge: str, wanted: tuple[str, ...], links: Links) -> None:
+        self._ovsdb, self._links = ovsdb, links
         self._bridge = bridge
         self._wanted = wanted
         self.key = f"ports/{bridge}"
@@ -314,27 +332,33 @@ class Ports:
         row = bridges.get(self._bridge)
         have = row.ports if row is not None else {}
         elsewhere = {port: name for name, other in bridges.items() if name != self._bridge for port in other.ports}
-        out, missing, stale = [], [], []
+        out: list[Change] = []
+        missing, stale, unmarked = [], [], []
+        odd = [name for name in self._wanted if name in elsewhere or (name in have and not have[name].ours)]
+        # What carries our interface is ours, whoever has put it there.
+        ours = await self._links() if odd else []
         for name in self._wanted:
             port = have.get(name)
             if name in elsewhere:
-                other = bridges[elsewhere[name]].ports[name]
-                if not other.ours:
-                    raise Failed(
-                        f"port {name} is on bridge {elsewhere[name]}, and not ours; ovs-vsctl del-port {elsewhere[name]} {name}"
-                    )
-                what = f"port {name} of {elsewhere[name]}"
-                out.append(
-                    Change(Sign.REMOVE, what, "it is on the wrong bridge", self._dropping(elsewhere[name], [name]))
-                )
+                other = elsewhere[name]
+                if not bridges[other].ports[name].ours and name not in ours:
+                    raise Failed(f"port {name} is on bridge {other}, and not ours; ovs-vsctl del-port {other} {name}")
+                what = f"port {name} of {other}"
+                out.append(Change(Sign.REMOVE, what, "it is on the wrong bridge", self._dropping(other, [name])))
             if port is None:
                 if _index(name):
                     missing.append(name)
             elif port.type not in ("", "system"):
-                raise Failed(f"port {name} of {self._bridge} is {port.type}, not an interface of the kernel; remove it")
+                if not port.ours:
+                    raise Failed(
+                        f"port {name} of {self._bridge} is {port.type}, not an interface of the kernel; remove it"
+                    )
+                stale.append(name)
             elif port.error or port.number < 0 or (port.made_for and port.made_for != _index(name)):
                 # In one transaction nothing would happen: Open vSwitch sees only the difference.
                 stale.append(name)
+            elif name in odd and name in ours:
+                unmarked.append(name)
         strays = [name for name, port in have.items() if port.ours and name not in self._wanted]
         for name in strays:
             what = f"port {name} of {self._bridge}"
@@ -342,8 +366,11 @@ class Ports:
         if stale:
             what = f"ports {' '.join(stale)} of {self._bridge}"
             out.append(
-                Change(Sign.REMOVE, what, "they lead to interfaces that are gone", self._dropping(self._bridge, stale))
+                Change(Sign.REMOVE, what, "they do not lead to the interfaces", self._dropping(self._bridge, stale))
             )
+        if unmarked:
+            what = f"ports {' '.join(unmarked)} of {self._bridge}"
+            out.append(Change(Sign.CHANGE, what, "not marked as ours", self._marking(unmarked)))
         if missing or stale:
             names = [*missing, *stale]
             out.append(Change(Sign.ADD, f"ports {' '.join(names)} of {self._bridge}", "missing", self._adding(names)))
@@ -364,6 +391,18 @@ class Ports:
                 port.external_ids = {MARK: "made", INDEX: str(_index(name))}
                 bridge.addvalue("ports", port)
 
+        return self._changing(work)
+
+    def _marking(self, names: list[str]) -> Step:
+        def work(tables: Any, _insert: Any) -> None:
+            for name in names:
+                if (port := _find(tables, "Port", name)) is not None:
+                    port.setkey("external_ids", MARK, "made")
+                    port.setkey("external_ids", INDEX, str(_index(name)))
+
+        return self._changing(work)
+
+    def _changing(self, work: Callable[[Any, Any], None]) -> Step:
         async def do() -> None:
             await self._ovsdb.change(f"ports of {self._bridge}", work)
 

@@ -99,9 +99,8 @@ class Reconciler:
         """What is wanted from now on, in an order in which each comes after what it needs."""
         self._resources = list(resources)
         before = self.status
-        self.status = {resource.key: before.get(resource.key, Status()) for resource in resources}
-        for status in self.status.values():
-            status.due, status.was_done = 0.0, False  # what differs now is wanted otherwise, and not damaged
+        # New ones: a look at what was wanted before may be under way, and must not speak for what is wanted now.
+        self.status = {resource.key: _anew(before.get(resource.key)) for resource in resources}
         self._wake.set()
 
     def changed(self, namespace: str | None) -> None:
@@ -148,11 +147,13 @@ class Reconciler:
 
     async def once(self) -> None:
         """Look at everything that is due."""
-        for resource in list(self._resources):
-            status = self.status.get(resource.key)
-            if status is None or status.due > time.monotonic():
-                continue
-            await self._look(resource, status)
+        resources = self._resources
+        for resource in resources:
+            if resources is not self._resources:
+                return
+            status = self.status[resource.key]
+            if status.due <= time.monotonic():
+                await self._look(resource, status)
 
     async def _look(self, resource: Resource, status: Status) -> None:
         lacking = [need for need in resource.needs if need in self.status and self.status[need].phase is not Phase.DONE]
@@ -167,6 +168,8 @@ class Reconciler:
                     return
                 status.healed += status.was_done
                 for change in changes:
+                    if self.status.get(resource.key) is not status:
+                        return  # something else is wanted meanwhile
                     await self._carry_out(resource.key, change, again=status.was_done)
             raise Failed(f"{changes[0].what} does not stay: {changes[0].why}; is another program changing it?")
         except Waiting as exc:
@@ -203,6 +206,11 @@ class Reconciler:
         status.phase, status.why = Phase.ERROR, why
         status.due = time.monotonic() + status.pause_s
         status.pause_s = min(status.pause_s * 2, LONGEST_PAUSE_S)
+
+
+def _anew(before: Status | None) -> Status:
+    """Not looked at yet; what is done next is no healing, since something else may be wanted."""
+    return Status(healed=before.healed) if before is not None else Status()
 
 
 async def plan(resources: Sequence[Resource]) -> list[tuple[str, Change | str]]:

@@ -47,22 +47,32 @@ class Sysctls:
         self._before = state_dir / BEFORE if state_dir is not None and namespace is None else None
 
     async def diff(self) -> list[Change]:
-        """Write each that is otherwise."""
+        """Write each that is otherwise, and put back what is wanted no longer."""
         wanted = self._wanted() if callable(self._wanted) else self._wanted
         if self.namespace is not None and not (NETNS_DIR / self.namespace).exists():
-            return [self._change(path, value, None) for path, value in wanted.items()]
+            return [self._change(path, None, value) for path, value in wanted.items()]
         found = self._there(_read_all(wanted))
-        return [self._change(path, wanted[path], value) for path, value in found.items() if value != wanted[path]]
+        out = [self._change(path, value, wanted[path]) for path, value in found.items() if value != wanted[path]]
+        kept = _kept(self._before) if self._before is not None else {}
+        return out + [self._putting_back(path, value) for path, value in kept.items() if path not in wanted]
 
-    def _change(self, path: str, wanted: str, found: str | None) -> Change:
+    def _change(self, path: str, value: str | None, wanted: str) -> Change:
         async def write() -> None:
-            if self._before is not None and found is not None:
-                _keep(self._before, path, found)
+            if self._before is not None and value is not None:
+                _keep(self._before, path, value)
             self._there(_write(path, wanted))
 
         place = f" in {self.namespace}" if self.namespace else ""
-        why = "not known yet" if found is None else f"is {found}"
+        why = "not known yet" if value is None else f"is {value}"
         return Change(Sign.CHANGE, f"sysctl {path}={wanted}{place}", why, write)
+
+    def _putting_back(self, path: str, value: str) -> Change:
+        async def write() -> None:
+            assert self._before is not None
+            _write(path, value)()
+            _forget(self._before, path)
+
+        return Change(Sign.REMOVE, f"sysctl {path}", f"wanted no longer, it was {value} before", write)
 
     def _there(self, function: _Step) -> dict[str, str]:
         # Our own namespace needs no thread: these files answer at once.
@@ -115,6 +125,12 @@ def _keep(before: Path, path: str, value: str) -> None:
         write_atomically(before, json.dumps({**kept, path: value}, indent=1, sort_keys=True), 0o644)
 
 
+def _forget(before: Path, path: str) -> None:
+    kept = _kept(before)
+    if kept.pop(path, None) is not None:
+        write_atomically(before, json.dumps(kept, indent=1, sort_keys=True), 0o644)
+
+
 def restore(state_dir: Path) -> list[str]:
     """Put back what the host's settings were before the first change; answers which, as `path=value`. Raises `Failed`.
 
@@ -149,7 +165,7 @@ def leg(tunnel: str, port: str = "eth0") -> dict[str, str]:
     quiet = {"accept_redirects": 0, "secure_redirects": 0, "send_redirects": 0, "accept_source_route": 0}
     return {
         "net/ipv4/ip_forward": "1",
-        **_each(6, ("all", "default"), disable_ipv6=1),
+        **_each(6, ("all", "default", "lo", port, tunnel), disable_ipv6=1),
         **_each(4, ("all", "default", port, tunnel), rp_filter=0, arp_announce=2, arp_ignore=1, **quiet),
     }
 
@@ -158,7 +174,8 @@ def container(*, forwards: bool = False) -> dict[str, str]:
     """Of a container's namespace: no IPv6; only the VPN's gateway forwards."""
     return {
         "net/ipv4/ip_forward": str(int(forwards)),
-        **_each(6, ("all", "default"), disable_ipv6=1),
+        # Each by itself as well: "all" that is 1 already is not written again.
+        **_each(6, ("all", "default", "lo", "eth0"), disable_ipv6=1),
         **(_each(4, ("all", "default"), accept_redirects=0, send_redirects=0) if forwards else {}),
     }
 

@@ -182,10 +182,15 @@ async def take_down(settings: Settings, told: Callable[[str], None], *, purge: b
                 try:
                     await change.do()
                     told(f"{change.sign} {change.what}")
-                except BulkheadError as exc:
+                except (BulkheadError, OSError) as exc:
                     failures.append(f"{change.what}: {exc}")
-        for text in restore(settings.state_dir):
-            told(f"~ {text}, as it was")
+        try:
+            for text in restore(settings.state_dir):
+                told(f"~ {text}, as it was")
+        except BulkheadError as exc:
+            failures.append(str(exc))
+    if failures:  # what is there tells the next attempt what is left
+        return failures
     shutil.rmtree(settings.own_dir, ignore_errors=True)
     if purge:
         shutil.rmtree(settings.state_dir, ignore_errors=True)

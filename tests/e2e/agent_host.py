@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import signal
@@ -150,17 +151,24 @@ class BareHost:
             "links": "ip -br link | sed 's/@.*//' | awk '{print $1}' | sort",
             "addresses": "ip -o address | awk '{print $2,$4}' | sort",
             "routes": "ip route; ip -6 route | grep -v fe80 || true",
-            "rules": "nft list ruleset; ip rule",
+            "rules": "nft -s list ruleset; ip rule",
             "namespaces": "ls /run/netns",
             "etc": "find /etc/netns",
             "bridges": f"ovs-vsctl --db={self.ovs.db} --no-heading --columns=name,fail_mode,ports list bridge | "
             "sed 's/[0-9a-f-]\\{36\\}/id/g' | sort",
             "controllers": f"ovs-vsctl --db={self.ovs.db} --no-heading --columns=target list controller | sort",
-            "processes": "ps -e -o args= | grep -v -e 'ps -e' -e defunct -e '^sh -ec' -e grep -e sort | sort",
+            "processes": "ps -e -ww -o args= | grep -v -e 'ps -e' -e defunct -e '^ping' -e '^sh -ec' -e grep -e sort | sort",
             "sysctls": "sysctl -a 2>/dev/null | grep -e forward -e rp_filter -e disable_ipv6 | grep -v -e '\\.mc_' | sort",
             "wireguard": "ls /run/wireguard",
         }
         return {name: self.machine.sh(script) for name, script in asked.items()}
+
+
+def difference(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """Lines of facts that differ."""
+    pairs = [(before[name].splitlines(), after[name].splitlines()) for name in before]
+    lines = [line for old, new in pairs for line in difflib.unified_diff(old, new, lineterm="", n=0)]
+    return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
 
 
 def stop(process: subprocess.Popen[str]) -> int:
