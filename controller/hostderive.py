@@ -58,7 +58,7 @@ def with_resolver(notes: Notes, network: Network, spec: StateSpec) -> Network:
     member = Member(
         id=f"dns-{network.name}",
         name=f"resolver-{network.name}",
-        port=f"dns-{network.name}"[:IFNAMSIZ],
+        port=_short("dns-", network.name),
         mac=Mac.derive(network.name, "resolver"),
         address=address,
         services=(Service("dns", "udp", 53), Service("dns-tcp", "tcp", 53)),
@@ -92,8 +92,16 @@ def derive_host(notes: Notes, spec: StateSpec, networks: Sequence[Network]) -> H
 def device(port: str) -> str:
     """The WireGuard interface behind a leg's port. It is made in the host's namespace, where the port has the port's
     name already."""
-    name = f"wg-{port}"
-    return name if len(name) <= IFNAMSIZ else f"wg-{hashlib.sha256(port.encode()).hexdigest()[:12]}"
+    return _short("wg-", port)
+
+
+def _short(prefix: str, name: str) -> str:
+    """An interface's name made of another name: with a digest in its place where it would be too long, so that two that
+    begin alike stay apart."""
+    whole = f"{prefix}{name}"
+    if len(whole) <= IFNAMSIZ:
+        return whole
+    return f"{prefix}{hashlib.sha256(name.encode()).hexdigest()[: IFNAMSIZ - len(prefix)]}"
 
 
 def _legs(notes: Notes, spec: StateSpec, networks: Sequence[Network]) -> Iterator[Leg]:

@@ -57,7 +57,7 @@ class Gate:
         self.watches = (namespace,)
 
     async def diff(self) -> list[Change]:
-        link = (await (await self._nets.get(self._namespace)).links()).get("eth0")
+        link = await (await self._nets.get(self._namespace)).link("eth0")
         if link is not None and link.up:
             return []
         try:

@@ -31,8 +31,8 @@ class Namespace:
                 Change(Sign.ADD, f"network namespace {self.name}", "missing", self._make),
                 Change(Sign.CHANGE, f"loopback of {self.name}", "down", self._loopback),
             ]
-        links = await (await self._nets.get(self.name)).links()
-        if not links["lo"].up:
+        loopback = await (await self._nets.get(self.name)).link("lo")
+        if loopback is None or not loopback.up:
             return [Change(Sign.CHANGE, f"loopback of {self.name}", "down", self._loopback)]
         return []
 
@@ -138,7 +138,7 @@ class Veth:
     async def _find(self, end: End) -> Link | None:
         if not self._nets.exists(end.namespace):
             return None
-        return (await (await self._nets.get(end.namespace)).links()).get(end.name)
+        return await (await self._nets.get(end.namespace)).link(end.name)
 
     def _sums_itself(self, end: End) -> bool:
         net = self._nets.now(end.namespace)
@@ -160,7 +160,7 @@ class Veth:
     def _setting(self, end: End, **what: object) -> Step:
         async def do() -> None:
             net = await self._nets.get(end.namespace)
-            link = (await net.links()).get(end.name)
+            link = await net.link(end.name)
             if link is None:
                 raise Failed(f"{end} has gone away")
             with explained(f"{end} cannot be set"):
@@ -186,7 +186,7 @@ async def remove_link(nets: Nets, namespace: str | None, name: str) -> None:
     if not nets.exists(namespace):
         return
     net = await nets.get(namespace)
-    link = (await net.links()).get(name)
+    link = await net.link(name)
     if link is not None:
         with explained(f"{name} cannot be removed"):
             await net.rtnl.link("del", index=link.index)
@@ -283,7 +283,7 @@ class Interface:
         if not self._nets.exists(self._namespace):
             return None, None
         net = await self._nets.get(self._namespace)
-        return (await net.links()).get(self._name), net
+        return await net.link(self._name), net
 
     async def _there(self) -> tuple[Link, Net]:
         link, net = await self._find()

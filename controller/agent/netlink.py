@@ -14,6 +14,7 @@ import fcntl
 import os
 import socket
 import struct
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,9 @@ _DONE = frozenset((errno.EEXIST, errno.ENODEV, errno.ESRCH, errno.EADDRNOTAVAIL)
 _SIOCETHTOOL = 0x8946
 _GTXCSUM, _STXCSUM = 0x16, 0x17
 # rtnetlink(7): link, neighbour, IPv4 and IPv6 addresses and routes, rules.
+_LINKS, _ADDRESSES, _NEIGHBOURS = (16, 17), (20, 21), (28, 29)  # RTM_NEW…, RTM_DEL…
+KEEP_S = 5.0
+"""What was told is asked for again after so long, whatever has been heard."""
 _GROUPS = 0x1 | 0x4 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400
 
 
@@ -65,6 +69,41 @@ class Route:
     def __str__(self) -> str:
         words = [self.prefix, *(("via", self.via) if self.via else ()), *(("dev", self.dev) if self.dev else ())]
         return " ".join((*words, *(("mtu", str(self.mtu)) if self.mtu else ())))
+
+
+class Known:
+    """What a namespace's kernel has told when it was asked, as long as nothing of it has changed.
+
+    An answer that is being read while something changes is forgotten with the next `Net.listen`.
+    """
+
+    def __init__(self) -> None:
+        self.links: dict[str, Link | None] = {}
+        self.addresses: dict[int, set[str]] | None = None
+        self.routes: dict[int | None, set[Route]] | None = None
+        self.neighbours: dict[int, dict[str, str]] | None = None
+        self.since = time.monotonic()
+
+    def forget(self) -> None:
+        """Know nothing any more."""
+        self.links, self.addresses, self.routes, self.neighbours = {}, None, None, None
+        self.since = time.monotonic()
+
+    def hear(self, told: bytes) -> None:
+        """Forget what notifications speak of (struct nlmsghdr, then ifinfomsg or another)."""
+        at = 0
+        while at + 16 <= len(told):
+            length, kind = struct.unpack_from("=IH", told, at)
+            if kind in _LINKS and at + 24 <= len(told):
+                (index,) = struct.unpack_from("=i", told, at + 20)
+                self.links = {name: link for name, link in self.links.items() if link and link.index != index}
+            elif kind in _ADDRESSES:
+                self.addresses = None
+            elif kind in _NEIGHBOURS:
+                self.neighbours = None
+            if kind not in _NEIGHBOURS:
+                self.routes = None  # some go with their interface or address, and nobody says so
+            at += max(16, (length + 3) & ~3)
 
 
 class OneAtATime:
@@ -103,7 +142,9 @@ class Net:
     rtnl: OneAtATime
     watching: socket.socket
     control: socket.socket
+    changed: Callable[[str | None], None]
     inode: int = 0
+    known: Known = field(default_factory=Known)
     loop: asyncio.AbstractEventLoop | None = field(default=None, repr=False)
 
     async def links(self) -> dict[str, Link]:
@@ -111,30 +152,68 @@ class Net:
         found = [_link(message) for message in await self.rtnl.get_links()]
         return {link.name: link for link in found}
 
+    async def link(self, name: str) -> Link | None:
+        """The interface of that name."""
+        self.listen()
+        if name not in self.known.links:
+            try:
+                answer = await self.rtnl.link("get", ifname=name)
+            except NetlinkError as exc:
+                if exc.code != errno.ENODEV:
+                    raise Failed(f"the kernel does not tell about {name}: {os.strerror(exc.code)}") from exc
+                answer = ()
+            self.known.links[name] = next((_link(message) for message in answer), None)
+        return self.known.links[name]
+
     async def addresses(self, index: int) -> set[str]:
         """IPv4 addresses of an interface, with prefix length."""
-        return {
-            f"{message.get('address')}/{message['prefixlen']}"
-            for message in await self.rtnl.get_addr(family=socket.AF_INET)
-            if message["index"] == index
-        }
+        self.listen()
+        if self.known.addresses is None:
+            self.known.addresses = {}
+            for message in await self.rtnl.get_addr(family=socket.AF_INET):
+                text = f"{message.get('address')}/{message['prefixlen']}"
+                self.known.addresses.setdefault(message["index"], set()).add(text)
+        return self.known.addresses.get(index, set())
 
     async def routes(self, index: int) -> set[Route]:
         """IPv4 routes of the main table out of an interface, but those that the kernel made for addresses."""
         kernel = 2  # RTPROT_KERNEL
-        return {
-            _route(message)
-            for message in await self.rtnl.get_routes(family=socket.AF_INET, table=MAIN_TABLE)
-            if message.get("oif") == index and message["proto"] != kernel
-        }
+        self.listen()
+        if self.known.routes is None:
+            self.known.routes = {}
+            for message in await self.rtnl.get_routes(family=socket.AF_INET, table=MAIN_TABLE):
+                if message["proto"] != kernel:
+                    self.known.routes.setdefault(message.get("oif"), set()).add(_route(message))
+        return self.known.routes.get(index, set())
 
     async def neighbours(self, index: int) -> dict[str, str]:
         """Permanent IPv4 neighbours of an interface: address to MAC."""
-        return {
-            message.get("dst"): message.get("lladdr")
-            for message in await self.rtnl.get_neighbours(family=socket.AF_INET)
-            if message["ifindex"] == index and message["state"] & PERMANENT
-        }
+        self.listen()
+        if self.known.neighbours is None:
+            self.known.neighbours = {}
+            for message in await self.rtnl.get_neighbours(family=socket.AF_INET):
+                if message["state"] & PERMANENT:
+                    of = self.known.neighbours.setdefault(message["ifindex"], {})
+                    of[message.get("dst")] = message.get("lladdr")
+        return self.known.neighbours.get(index, {})
+
+    def listen(self) -> None:
+        """Forget what has changed. The kernel tells of a change before the call that made it has returned."""
+        heard = False
+        if time.monotonic() - self.known.since > KEEP_S:
+            self.known.forget()
+        while True:
+            try:
+                told = self.watching.recv(1 << 18)
+            except BlockingIOError:
+                break
+            except OSError:  # too much at once: something was lost
+                self.known.forget()
+            else:
+                self.known.hear(told)
+            heard = True
+        if heard:
+            self.changed(self.name)
 
     def sums_itself(self, name: str) -> bool:
         """Whether an interface computes checksums in software (transmit offload is off)."""
@@ -207,14 +286,9 @@ class Nets:
         rtnl = AsyncIPRoute(use_socket=asking)
         await rtnl.setup_endpoint()
         loop = asyncio.get_running_loop()
-        loop.add_reader(watching, self._drain, watching, name)
-        return Net(name, OneAtATime(rtnl), watching, control, number, loop)
-
-    def _drain(self, watching: socket.socket, name: str | None) -> None:
-        with contextlib.suppress(OSError):  # empty, or it overflowed: either way something has changed
-            while watching.recv(65536):
-                pass
-        self._changed(name)
+        net = Net(name, OneAtATime(rtnl), watching, control, self._changed, number, loop=loop)
+        loop.add_reader(watching, net.listen)
+        return net
 
     def forget(self, name: str | None) -> None:
         """Close what is open of a namespace."""

@@ -246,7 +246,7 @@ class WireGuard:
     async def _find(self, namespace: str | None) -> Link | None:
         if not self._nets.exists(namespace):
             return None
-        return (await (await self._nets.get(namespace)).links()).get(self._interface)
+        return await (await self._nets.get(namespace)).link(self._interface)
 
     async def _answer(self) -> Shown | None:
         """What our `wireguard-go` says; None if there is none. One that was silent twice in a row hangs."""
@@ -294,9 +294,10 @@ class WireGuard:
         await self._start_userspace()
 
     async def _start_userspace(self) -> None:
+        answered = self._answered()  # asked first: ours has its record before it listens
         if self._programs.record(self._program) is not None:
             await self._programs.stop(self._program)  # it runs, and its device is gone: it will not make another
-        if self._answered():
+        elif answered:
             raise Failed(
                 f"another program answers on {self._socket} already; end it (fuser {self._socket}), or rename the port"
             )

