@@ -9,7 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import socket
+import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,16 +26,15 @@ from controller.agent.links import remove_link
 from controller.agent.netlink import GROUP, Link, Nets
 from controller.agent.process import Program, Programs
 from controller.agent.resource import Change, Failed, Sign, Step, Waiting
-from controller.agent.run import NETNS_DIR, call
+from controller.agent.run import NETNS_DIR, call, environment
 from controller.hostmodel import MTU_DEFAULT, Endpoint, Tunnel
 from controller.model import Ipv4, Prefix
-from controller.problems import InvalidInput
+from controller.problems import InvalidInput, Problem
 
+LOG = logging.getLogger("bulkhead.agent")
 RECENT_S = 180
 """A handshake younger than this proves an endpoint (the protocol rejects keys after that long)."""
 APPEAR_S = 5.0
-RESOLVE_S = 5.0
-WAIT_S = 0.3
 WG_S = 2.0
 SILENT = 2
 _NO_KEY = "A" * 43 + "="
@@ -60,6 +62,8 @@ class WgConfig:
     listen_port: int | None = None
     mtu: int = MTU_DEFAULT
     peers: tuple[WgPeer, ...] = ()
+    left_out: tuple[Problem, ...] = field(default=(), compare=False)
+    """What of the wg-quick file is not used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,7 @@ class Shown:
 
     private_key: str = field(repr=False)
     listen_port: int
+    mark: str
     peers: dict[str, ShownPeer]
 
 
@@ -93,6 +98,11 @@ class ShownPeer:
     received: int
     sent: int
     keepalive: int
+
+    @property
+    def is_recent(self) -> bool:
+        """Whether a handshake has proved its endpoint lately."""
+        return time.time() - self.handshake <= RECENT_S
 
 
 def resolve(tunnel: Tunnel, keys: KeyStore) -> WgConfig:
@@ -127,6 +137,7 @@ def resolve(tunnel: Tunnel, keys: KeyStore) -> WgConfig:
         listen_port=tunnel.listen_port or quick.listen_port,
         mtu=tunnel.mtu or quick.mtu or MTU_DEFAULT,
         peers=own or from_file,
+        left_out=quick.problems,
     )
 
 
@@ -158,7 +169,9 @@ class WireGuard:
         self.key = f"wireguard/{interface}"
         self.needs = tuple(needs)
         self.watches = (namespace,)
-        self._names = _Resolver()
+        self._names = Resolver()
+        self._patient = True
+        self._told: tuple[Problem, ...] = ()
         self._silent = 0
 
     @property
@@ -171,10 +184,11 @@ class WireGuard:
 
     async def diff(self) -> list[Change]:
         config = self._config()
+        self._tell(config.left_out)
         if not self._nets.exists(self._namespace):
             return [Change(Sign.ADD, self._what, "missing", self._make)]
         link = await self._find(self._namespace)
-        if link is not None and link.kind not in _KINDS:
+        if link is not None and not _may_be_wireguard(link):
             raise Failed(f"{self._interface} in {self._namespace} is {link.kind or 'no WireGuard'}; remove it")
         if link is None:
             return [*await self._making(), self._configure("it is new")]
@@ -190,8 +204,22 @@ class WireGuard:
         if link.mtu != config.mtu:
             why = f"it is {link.mtu}, not {config.mtu}"
             out.append(Change(Sign.CHANGE, f"MTU of {self._what}", why, self._set_mtu(config.mtu)))
-        differs = self._differs(config, shown, await self._endpoints(config))
-        return [*out, *([self._configure(differs)] if differs else [])]
+        endpoints, trouble = self._endpoints(config, shown)
+        if isinstance(trouble, Waiting) and self._patient:  # once: `plan` looks only once
+            self._patient = False
+            await self._names.wait()
+            endpoints, trouble = self._endpoints(config, shown)
+        if differs := self._differs(config, shown, endpoints):
+            out.append(self._configure(differs))
+        if trouble is not None and not out:  # all else is as wanted
+            raise trouble
+        return out
+
+    def _tell(self, left_out: tuple[Problem, ...]) -> None:
+        if left_out != self._told:
+            self._told = left_out
+            for problem in left_out:
+                LOG.warning("%s", problem)
 
     # ----------------------------------------------------------------------------------------------------- making it
 
@@ -213,7 +241,7 @@ class WireGuard:
     def _is_ours(self, link: Link) -> bool:
         if link.kind == "wireguard":
             return link.group == GROUP
-        return link.kind == "tun" and self._programs.record(self._program) is not None
+        return _may_be_wireguard(link) and self._programs.record(self._program) is not None
 
     async def _find(self, namespace: str | None) -> Link | None:
         if not self._nets.exists(namespace):
@@ -313,13 +341,23 @@ class WireGuard:
     async def _shown(self) -> Shown:
         return await _dump(self._interface, self._namespace)
 
-    async def _endpoints(self, config: WgConfig) -> dict[str, str]:
-        """Declared endpoints as addresses, by public key; names are resolved on the host."""
-        return {
-            peer.public_key: f"{await self._names.address(peer.endpoint.host)}:{peer.endpoint.port}"
-            for peer in config.peers
-            if peer.endpoint is not None
-        }
+    def _endpoints(self, config: WgConfig, shown: Shown) -> tuple[dict[str, str], Failed | Waiting | None]:
+        """Declared endpoints as addresses, by public key, and why there are not all of them."""
+        out: dict[str, str] = {}
+        trouble: Failed | Waiting | None = None
+        for peer in config.peers:
+            if peer.endpoint is None:
+                continue
+            found = shown.peers.get(peer.public_key)
+            current = found.endpoint.rpartition(":")[0] if found is not None else ""
+            works = found is not None and found.is_recent
+            try:
+                address = self._names.address(peer.endpoint.host, current, again=not works)
+            except (Failed, Waiting) as exc:
+                trouble = exc
+                continue
+            out[peer.public_key] = f"{address}:{peer.endpoint.port}"
+        return out, trouble
 
     def _differs(self, config: WgConfig, shown: Shown, endpoints: dict[str, str]) -> str:
         found = []
@@ -327,6 +365,8 @@ class WireGuard:
             found.append("it has another private key")
         if config.listen_port is not None and shown.listen_port != config.listen_port:
             found.append(f"it listens on port {shown.listen_port}, not {config.listen_port}")
+        if shown.mark != "off":
+            found.append(f"its packets have the mark {shown.mark}")
         wanted = {peer.public_key: peer for peer in config.peers}
         for key in shown.peers.keys() - wanted.keys():
             found.append(f"peer {key} is not wanted")
@@ -345,20 +385,24 @@ class WireGuard:
         if shown.keepalive != peer.keepalive:
             return "the keepalive"
         moved = endpoint is not None and shown.endpoint != endpoint
-        if moved and (self._fixed or time.time() - shown.handshake > RECENT_S):
+        if moved and (self._fixed or not shown.is_recent):
             return f"the endpoint ({shown.endpoint or 'none'})"
         return ""
 
     def _configure(self, why: str) -> Change:
         async def do() -> None:
             config = self._config()
-            endpoints = await self._endpoints(config)
             shown = await self._shown()
+            # What does not resolve yet is configured without: the others need not wait for it.
+            endpoints, trouble = self._endpoints(config, shown)
+            if isinstance(trouble, Waiting):
+                await self._names.wait()
+                endpoints, _ = self._endpoints(config, shown)
             if not self._fixed:  # a peer that has moved stays where it is
                 for key, peer in shown.peers.items():
-                    if peer.endpoint and time.time() - peer.handshake <= RECENT_S:
+                    if peer.endpoint and peer.is_recent:
                         endpoints[key] = peer.endpoint
-            text = write_config(config, endpoints)
+            text = write_config(config, endpoints, shown.listen_port)
             command = ("wg", "syncconf", self._interface, "/dev/stdin")
             await call(*command, namespace=self._namespace, stdin=text, timeout_s=WG_S, secret=True)
             await self._set_mtu(config.mtu)()
@@ -388,11 +432,11 @@ async def show(interface: str, namespace: str) -> list[PeerStatus]:
     ]
 
 
-def write_config(config: WgConfig, endpoints: dict[str, str]) -> str:
-    """What `wg syncconf` reads."""
+def write_config(config: WgConfig, endpoints: dict[str, str], listen_port: int = 0) -> str:
+    """What `wg syncconf` reads. `listen_port`, the one it has, stays where the configuration names none."""
     lines = ["[Interface]", f"PrivateKey = {config.private_key.reveal()}"]
-    if config.listen_port is not None:
-        lines.append(f"ListenPort = {config.listen_port}")
+    if port := config.listen_port or listen_port:
+        lines.append(f"ListenPort = {port}")
     for peer in config.peers:
         lines += ["[Peer]", f"PublicKey = {peer.public_key}"]
         # All zeros mean none; left out, it would stay as it is.
@@ -409,7 +453,7 @@ def read_dump(text: str) -> Shown:
     """Read what `wg show DEVICE dump` prints. Raises `Failed`."""
     rows = [line.split("\t") for line in text.splitlines() if line]
     try:
-        private, _public, port, _mark = rows[0]
+        private, _public, port, mark = rows[0]
         peers = {
             key: ShownPeer(
                 preshared_key="" if shared == "(none)" else shared,
@@ -422,51 +466,79 @@ def read_dump(text: str) -> Shown:
             )
             for key, shared, endpoint, allowed, handshake, received, sent, keepalive in rows[1:]
         }
-        return Shown("" if private == "(none)" else private, int(port), peers)
+        return Shown("" if private == "(none)" else private, int(port), mark, peers)
     except (ValueError, IndexError):
         raise Failed("wg show prints what cannot be understood; which version is it? wg --version") from None
 
 
-class _Resolver:
-    """Addresses of endpoints' names, asked on the host and kept: while a tunnel works its endpoint does not change.
+def _may_be_wireguard(link: Link) -> bool:
+    """By its kind, not by its name. What carries Ethernet is none: an internal port of Open vSwitch's userspace
+    datapath is of kind tun as well, but has a MAC address."""
+    return link.kind in _KINDS and not link.mac
 
-    Nobody waits for a resolver that does not answer: what is known counts until there is something newer.
+
+class Resolver:
+    """IPv4 addresses of endpoints' names, asked on the host, outside every tunnel. Nobody waits for an answer.
+
+    What has been found is kept as long as it works: a name whose answers take turns must not move a tunnel.
     """
 
-    KEEP_S = 300.0
+    AGAIN_S, LIMIT_S, PATIENCE_S = 30.0, 5.0, 0.5
 
     def __init__(self) -> None:
         self._known: dict[str, str] = {}
-        self._fresh: dict[str, float] = {}
-        self._asking: dict[str, asyncio.Task[None]] = {}
+        self._asked: dict[str, float] = {}
+        self._asking: set[str] = set()
 
-    async def address(self, host: str) -> str:
-        """An IPv4 address of `host`. Raises `Failed` where there is none, `Waiting` while it is being asked for."""
+    def address(self, host: str, current: str = "", *, again: bool = False) -> str:
+        """An address of `host`, `current` if that is one. With `again` it is asked anew, behind the caller's back.
+
+        Raises `Waiting` while it is asked for, `Failed` if it does not resolve.
+        """
         with contextlib.suppress(ValueError):
             return str(Ipv4.parse(host))
-        task = self._asking.get(host)
-        if task is None and time.monotonic() >= self._fresh.get(host, 0.0):
-            task = self._asking[host] = asyncio.create_task(self._ask(host))
-        if host in self._known:
-            return self._known[host]
-        if task is not None:
-            await asyncio.wait([task], timeout=WAIT_S)
-            if not task.done():
-                raise Waiting(f"the endpoint {host} is being resolved", WAIT_S)
-        if host not in self._known:
-            raise Failed(f"the endpoint {host} does not resolve; write its address, or mend the host's resolver")
-        return self._known[host]
+        known = self._known.get(host)
+        asked = self._asked.get(host)
+        now = time.monotonic()
+        pause_s = self.AGAIN_S if known is not None else 0.0
+        if (known is None or again) and (asked is None or now - asked >= pause_s) and host not in self._asking:
+            self._ask(host, current)
+        if known is not None:
+            return known
+        if asked is None:
+            raise Waiting(f"the endpoint {host} is being resolved", 0.1)
+        raise Failed(f"the endpoint {host} does not resolve; write its address, or mend the host's resolver")
 
-    async def _ask(self, host: str) -> None:
-        """Find out what is known from now on. A name that is not known is asked for with every look."""
-        try:
-            loop = asyncio.get_running_loop()
-            found = await asyncio.wait_for(loop.getaddrinfo(host, None, family=socket.AF_INET), RESOLVE_S)
-            addresses = [str(one[4][0]) for one in found]
-            if self._known.get(host) not in addresses:
-                self._known[host] = addresses[0]
-            self._fresh[host] = time.monotonic() + self.KEEP_S
-        except (OSError, TimeoutError, ValueError):  # a name that IDNA does not allow is a `ValueError`
-            self._fresh[host] = time.monotonic() + (RESOLVE_S if host in self._known else 0.0)
-        finally:
-            del self._asking[host]
+    async def wait(self) -> None:
+        """Wait for the answers that are due, not for long."""
+        until = time.monotonic() + self.PATIENCE_S
+        while self._asking and time.monotonic() < until:
+            await asyncio.sleep(0.01)
+
+    def _ask(self, host: str, current: str) -> None:
+        loop = asyncio.get_running_loop()
+
+        def ask() -> None:
+            # A program can be ended, and a thread that nobody joins keeps the agent from ending no more than that.
+            text = ""
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                command = ["getent", "ahosts", "--", host]
+                text = subprocess.run(
+                    command, capture_output=True, timeout=self.LIMIT_S, env=environment(), check=False
+                ).stdout.decode(errors="replace")
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(self._answered, host, current, text)
+
+        self._asking.add(host)
+        threading.Thread(target=ask, daemon=True).start()
+
+    def _answered(self, host: str, current: str, text: str) -> None:
+        self._asking.discard(host)
+        self._asked[host] = time.monotonic()
+        known = self._known.get(host)
+        found = []
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError, IndexError):  # IPv6 addresses come as well
+                found.append(str(Ipv4.parse(line.split()[0])))
+        if found:  # whoever wants it sees that it is not known
+            self._known[host] = next((one for one in (known, current) if one in found), found[0])

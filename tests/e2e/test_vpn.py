@@ -324,7 +324,7 @@ def test_secrets_are_told_to_nobody(host: VpnHost) -> None:
     assert len(secrets) >= 5
     host.remove("phone")
     texts = [host.log("up"), json.dumps(host.status()), host.machine.sh("cat /proc/[0-9]*/cmdline | tr '\\0' ' '")]
-    texts += [host.vpn("list", "--json").out, json.dumps(host.events("host_healed"))]
+    texts += [host.vpn("list", "--json").out, repr(host.events("host_healed"))]
     others = [host.run_dir, host.events_dir, host.state_dir / "events"]
     texts += [path.read_text(errors="replace") for top in others for path in top.rglob("*") if path.is_file()]
     for secret in secrets:

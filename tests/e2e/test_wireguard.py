@@ -174,6 +174,7 @@ DAMAGE = {
     "private key removed": f"wg set {DEVICE} private-key /dev/null",
     "pre-shared key": f"wg genpsk | wg set {DEVICE} peer FAR preshared-key /dev/stdin",
     "pre-shared key removed": f"wg set {DEVICE} peer FAR preshared-key /dev/null",
+    "mark": f"wg set {DEVICE} fwmark 7",
     "listen port": f"wg set {DEVICE} listen-port 50000",
     "keepalive": f"wg set {DEVICE} peer FAR persistent-keepalive off",
     "MTU": f"ip -n {LEG} link set {DEVICE} mtu 1400",
@@ -230,12 +231,13 @@ async def test_a_stale_socket_is_in_nobodys_way(directory: Path) -> None:
     assert not world.troubles
 
 
-@pytest.mark.parametrize("kind", ["bridge", "tun", "veth"])
+@pytest.mark.parametrize("kind", ["bridge", "tun", "tap", "veth"])
 def test_a_foreign_device_is_refused_and_left_alone(kind: str) -> None:
     @apart
     async def test(directory: Path) -> None:
         world = World(directory)
-        sh(f"ip tuntap add {DEVICE} mode tun" if kind == "tun" else f"ip link add {DEVICE} type {kind}")
+        tuntap = kind in ("tun", "tap")
+        sh(f"ip tuntap add {DEVICE} mode {kind}" if tuntap else f"ip link add {DEVICE} type {kind}")
         before = sh(f"ip -d link show {DEVICE}")
         why = await world.look()
         assert "wg-warp0 in the host's network namespace already, and it is not ours; remove it" in why
@@ -267,6 +269,19 @@ async def test_something_else_of_that_name_in_the_leg(directory: Path) -> None:
     sh(f"ip netns add {LEG}; ip -n {LEG} link add {DEVICE} type veth")
     assert "wg-warp0 in bulkhead-warp0 is veth; remove it" in await world.look()
     sh(f"ip -n {LEG} link delete {DEVICE}")
+    await world.settle()
+
+
+@apart
+async def test_an_internal_port_of_that_name_is_not_taken_for_the_device_that_was_deleted(directory: Path) -> None:
+    world = World(directory)
+    await world.settle()
+    # Of kind tun like ours, as Open vSwitch's userspace datapath makes them, while our process runs still.
+    sh(f"kill -STOP {world.pid()}; ip -n {LEG} link delete {DEVICE}; ip tuntap add {DEVICE} mode tap")
+    assert "it is not ours; remove it" in await world.look()
+    sh(f"ip link delete {DEVICE}; ip -n {LEG} tuntap add {DEVICE} mode tap")
+    assert "wg-warp0 in bulkhead-warp0 is tun; remove it" in await world.look()
+    sh(f"ip -n {LEG} link delete {DEVICE}; kill -CONT {world.pid()}")
     await world.settle()
 
 
@@ -396,7 +411,7 @@ async def test_names_of_endpoints(directory: Path) -> None:
     await world.settle()
     # Known, though nobody answers any more.
     (directory / "hosts").write_text("")
-    world.wireguard._names._fresh.clear()
+    world.wireguard._names._asked.clear()
     sh(DAMAGE["peer removed"].replace("FAR", peer.public_key))
     assert await world.settle() < 3
     assert not [trouble for trouble in world.troubles if "far.example" in trouble]
