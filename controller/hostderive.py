@@ -35,6 +35,8 @@ API_PORTS = (8006, 9573, 9574)
 """Proxmox's and the API's: loopback and management only, whatever a file opens."""
 IPV6_MTU = 1280
 """Less, and a client's interface has no IPv6: wg-quick fails where it is to send IPv6 into the tunnel."""
+NETCLIENT_DEVICE = "netmaker"
+"""What Netmaker's client calls its interface, in whatever namespace it runs."""
 PROBE = Probe(Ipv4.parse("1.1.1.1"))
 RESOLVER_HOST = 53
 
@@ -160,8 +162,9 @@ def _mesh(notes: Notes, path: str, joined: NetmakerNetwork, network: Network) ->
                 fix = "That address is a container's here; a peer cannot have it too."
                 where = f"{path}.peers[{index}].allowed_ips"
                 notes.error("duplicate-address", where, str(prefix), "addresses of elsewhere", fix)
+    joins = joined.server is not None and joined.token_file is not None
     tunnel = Tunnel(
-        device(joined.interface),
+        NETCLIENT_DEVICE if joins else device(joined.interface),
         config=joined.config,
         private_key_file=joined.private_key_file,
         addresses=tuple(joined.addresses),
@@ -169,7 +172,6 @@ def _mesh(notes: Notes, path: str, joined: NetmakerNetwork, network: Network) ->
         mtu=joined.mtu or (None if joined.config is not None else MTU_DEFAULT),
         peers=_peers(joined.peers),
     )
-    joins = joined.server is not None and joined.token_file is not None
     return tunnel, Netclient(str(joined.server), joined.token_file) if joins and joined.token_file else None
 
 

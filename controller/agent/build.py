@@ -18,6 +18,7 @@ from controller.agent.keys import KeyStore
 from controller.agent.links import End, Interface, Namespace, Veth, our_links
 from controller.agent.lxc import Lxc, LxcContainer
 from controller.agent.names import Names, dnsmasq_command
+from controller.agent.netclient import Netclient, daemon_command
 from controller.agent.netlink import Nets, Route
 from controller.agent.nft import TABLE, NftTable
 from controller.agent.ovs import Bridge, Ovsdb, Ports
@@ -174,6 +175,11 @@ def _leg_tunnel(network: Network, leg: Leg, config: WgConfig, parts: Parts) -> l
         prefixes = (str(prefix) for peer in config.peers for prefix in peer.allowed)
         routes = tuple(Route(prefix) for prefix in dict.fromkeys(prefixes) if prefix not in own)
     rules = f"nft/{namespace}/inet/{TABLE}"
+    if leg.netclient is not None:
+        home, run = parts.settings.state_dir / "netclient", parts.settings.own_dir / "netclient"
+        command = daemon_command(leg, home, run)
+        runner = Kept(parts.programs, Program(f"netclient-{leg.port}", tuple(command), namespace))
+        return [Netclient(leg, home, run, runner, needs=(f"namespace/{namespace}", rules))]
     tunnel = WireGuard(
         parts.nets,
         parts.programs,

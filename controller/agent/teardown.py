@@ -70,7 +70,11 @@ async def leftovers(parts: Parts, wanted: Sequence[Resource], *, keep: bool = Fa
     for key in sorted(running - keys):
         name = key.removeprefix("process/")
         device = name.removeprefix("wireguard-")
-        if {f"wireguard/{device}", f"names/{name.removeprefix('names-')}"} & keys:
+        if {
+            f"wireguard/{device}",
+            f"names/{name.removeprefix('names-')}",
+            f"netclient/{name.removeprefix('netclient-')}",
+        } & keys:
             continue
         out.append(Leftover(key, f"process {name}", parts, _stopping(parts, name)))
     ends = {key.removeprefix("veth/") for key in keys if key.startswith("veth/")}
