@@ -160,7 +160,14 @@ class PrivateOvs:
             "ovsdb-server", str(db), f"--remote=p{self.db}", f"--unixctl={self.directory}/ovsdb.ctl"
         )
         self._wait_for(self.directory / "db.sock")
-        self.vsctl("--no-wait", "init")
+        for attempt in range(50):  # the socket is there a moment before anybody listens
+            try:
+                self.vsctl("--no-wait", "init")
+                break
+            except LabError:
+                if attempt == 49:
+                    raise
+                time.sleep(0.1)
         self.start_vswitchd()
 
     def start_vswitchd(self) -> None:

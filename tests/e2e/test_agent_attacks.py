@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,27 +41,29 @@ def rich() -> str:
     return text
 
 
+@contextlib.contextmanager
+def _host() -> Iterator[BareHost]:
+    """Where a resolver that runs as nobody gets to, which is not below pytest's directories."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        Path(directory).chmod(0o711)
+        with BareHost(Path(directory), rich()) as host:
+            yield host
+
+
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BareHost]:
+def host() -> Iterator[BareHost]:
     """A host that has been built; whoever damages it sees it healed."""
-    with BareHost(tmp_path_factory.mktemp("host"), rich()) as built:
-        _open(built)
+    with _host() as built:
         built.start("up")
         built.settle(60)
         yield built
 
 
 @pytest.fixture
-def bare(tmp_path: Path) -> Iterator[BareHost]:
+def bare() -> Iterator[BareHost]:
     """A host with nothing on it."""
-    with BareHost(tmp_path, rich()) as host:
-        _open(host)
+    with _host() as host:
         yield host
-
-
-def _open(host: BareHost) -> None:
-    for directory in (host.directory, *host.directory.parents[:-1]):  # the resolver runs as nobody
-        directory.chmod(directory.stat().st_mode | 0o011)
 
 
 def told(host: BareHost, after: int = 0) -> list[dict[str, object]]:
@@ -72,7 +76,10 @@ def told(host: BareHost, after: int = 0) -> list[dict[str, object]]:
 
 
 def down(host: BareHost) -> subprocess.CompletedProcess[str]:
-    return host.bulkhead("down", str(host.state_file), *host.options("run", "state", "ovsdb"))
+    done: subprocess.CompletedProcess[str] = host.bulkhead(
+        "down", str(host.state_file), *host.options("run", "state", "ovsdb")
+    )
+    return done
 
 
 def inner(process: subprocess.Popen[str]) -> int:
@@ -147,7 +154,7 @@ def test_a_state_file_that_is_none_is_refused(host: BareHost) -> None:
         host.state_file.unlink()
         if content is not None:
             host.state_file.write_bytes(content)
-        host.until(lambda s=seen: any(e["kind"] == "state_rejected" for e in told(host, s)), 10, "refused")  # type: ignore[misc]
+        host.until(lambda s=seen: any(e["kind"] == "state_rejected" for e in told(host, s)), 10, "refused")
         host.state_file.write_text(good)
     host.settle(10)
     assert host.status()["pid"] == pid

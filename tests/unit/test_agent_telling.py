@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import struct
 
-from controller.agent.netlink import Known, Link, Route
+from controller.agent.netlink import Known, Link, Nets, Route
 from controller.agent.telling import BURST, EVERY_S, Limiter
 from controller.hostderive import device
 
@@ -61,3 +62,20 @@ def test_two_long_names_that_begin_alike_stay_apart() -> None:
     assert device("warp0") == "wg-warp0"
     long = [device(f"a-very-long-pt{end}") for end in "12"]
     assert len(set(long)) == 2 and all(len(name) == 15 for name in long)
+
+
+def test_many_may_ask_at_once() -> None:
+    """The kernel refuses a second dump on a socket that is busy with one."""
+
+    async def ask() -> list[object]:
+        nets = Nets()
+        try:
+            net = await nets.get(None)
+            asked = [job() for _ in range(20) for job in (net.links, lambda: net.addresses(1), lambda: net.routes(1))]
+            return list(await asyncio.gather(*asked, net.link("lo")))
+        finally:
+            nets.close()
+
+    found = asyncio.run(ask())
+    assert all("lo" in links for links in found[:-1:3] if isinstance(links, dict))
+    assert isinstance(found[-1], Link) and found[-1].index == 1
