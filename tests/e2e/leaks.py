@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from controller.eventread import read
 from lab import demo, manager
 from lab.manager import LabError, Status
 from lab.traffic import Traffic, Try
@@ -302,8 +303,8 @@ class Watched:
 
     def events(self) -> Counter[str]:
         """How many events of each kind there were, of the agent and of the controller."""
-        text = self.bulkhead("events", "--host", "--json") + self.bulkhead("events", "--json")
-        return Counter(json.loads(line)["kind"] for line in text.splitlines())
+        logs = (self.node_dir / "events", self.node_dir / "state/events")
+        return Counter(str(record.kind) for log in logs for record in read(log))
 
     @contextlib.contextmanager
     def endpoint_cut(self) -> Iterator[None]:

@@ -109,7 +109,7 @@ def _inner(number: int, source: str, target: str, body: bytes) -> Kind:
 INET, INET6, ENDPOINT = "198.51.100.10", "2001:db8:7::2", "192.0.2.14"
 ROUTER6 = "2001:db8:1::1"
 RESOLVERS = ("10.0.0.53", "10.1.0.53")
-PAUSE_S = 0.1
+PAUSE_S = 0.2
 SYN_S = 1.0
 CLONE_NEWNET = 0x40000000
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -280,7 +280,7 @@ def checksum(data: bytes) -> int:
     total = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
+    return int(~total & 0xFFFF)
 
 
 def press(places: list[str]) -> None:
