@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bench import install, proof, throughput
+from bench import host, install, proof, throughput
 from bench.harness import Figure
 
 
@@ -22,13 +22,16 @@ from bench.harness import Figure
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1), help="Repetitions; medians count.")
 @click.option("--seconds", default=3, show_default=True, help="Length of one iperf3 run.")
 @click.option("--connections", default=1000, show_default=True, help="TCP connections for the cache figure.")
-@click.option("--only", type=click.Choice(["install", "throughput", "proof"]), help="Just one of the parts.")
+@click.option("--containers", default=100, show_default=True, help="Containers of the host that the agent builds.")
+@click.option("--only", type=click.Choice(["install", "throughput", "proof", "host"]), help="Just one of the parts.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the figures here as JSON.")
-def main(flows: int, rounds: int, seconds: int, connections: int, only: str | None, out: Path | None) -> None:
+def main(
+    flows: int, rounds: int, seconds: int, connections: int, containers: int, only: str | None, out: Path | None
+) -> None:
     """Measure, in private namespaces, against peers of the same run. Exit 1 if a bar is not met."""
     if os.geteuid() != 0:
         raise click.ClickException("network namespaces need root: sudo make bench")
-    figures = list(_measure(flows, rounds, seconds, connections, only))
+    figures = list(_measure(flows, rounds, seconds, connections, containers, only))
     report = {"machine": _machine(), "figures": [figure.as_dict() for figure in figures]}
     if out is not None:
         out.write_text(json.dumps(report, indent=2) + "\n")
@@ -37,7 +40,9 @@ def main(flows: int, rounds: int, seconds: int, connections: int, only: str | No
         raise SystemExit(1)
 
 
-def _measure(flows: int, rounds: int, seconds: int, connections: int, only: str | None) -> Iterator[Figure]:
+def _measure(
+    flows: int, rounds: int, seconds: int, connections: int, containers: int, only: str | None
+) -> Iterator[Figure]:
     if only in (None, "install"):
         click.echo(f"cold install of {flows} flows, {rounds} rounds …", err=True)
         yield from install.measure(flows, rounds)
@@ -47,6 +52,9 @@ def _measure(flows: int, rounds: int, seconds: int, connections: int, only: str 
     if only in (None, "proof"):
         click.echo(f"proofs of up to {proof.SIZES[-1]} flows, {rounds} rounds …", err=True)
         yield from proof.measure(rounds)
+    if only in (None, "host"):
+        click.echo(f"a host of {containers} containers built, built again, damaged, {rounds} rounds …", err=True)
+        yield from host.measure(containers, rounds)
 
 
 def _table(figures: list[Figure]) -> Table:
