@@ -52,7 +52,7 @@ class _Host:
         directory.chmod(0o755)
         self.directory = directory
         self.state_file = directory / "node.yaml"
-        self.place = Place()
+        self.place = Place(private=True)
         self.ovs = PrivateOvs(directory / "ovs", namespace=self.place)
         self.agent = 0
         self._running: list[subprocess.Popen[bytes]] = []

@@ -27,7 +27,10 @@ WATCH_S = 0.5
 # The agent makes /etc/netns, which must not be the host's: /etc is a directory of links to the host's files, which the
 # node may read. A copy would leave the host's secrets in the lab's directory.
 _NODE = """
-mount --make-rprivate / && mount -t sysfs own /sys || exit 1
+mount --make-rprivate / || exit 1
+if [ "$1" = private ]; then mount -t tmpfs -o mode=755 own /run || exit 1; fi
+mkdir -p /run/cgroup && mount --rbind /sys/fs/cgroup /run/cgroup || exit 1
+mount -t sysfs own /sys && mount --rbind /run/cgroup /sys/fs/cgroup && umount -l /run/cgroup && rmdir /run/cgroup || exit 1
 for dir in /run/netns /run/wireguard /run/lxc; do mkdir -p $dir && mount -t tmpfs own $dir || exit 1; done
 mkdir -p /run/etc && mount --rbind /etc /run/etc && mount -o remount,bind,ro /run/etc || exit 1
 mount -t tmpfs -o mode=755 own /etc || exit 1
@@ -38,11 +41,11 @@ echo ready && exec sleep infinity
 
 
 class Place(Namespace):
-    """A node's namespaces for network and mounts."""
+    """A node's namespaces for network and mounts. Outside of a lab, /run has to be made `private` too."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, private: bool = False) -> None:
         self._holder = subprocess.Popen(
-            ["unshare", "--net", "--mount", "sh", "-c", _NODE],
+            ["unshare", "--net", "--mount", "sh", "-c", _NODE, "sh", "private" if private else "lab"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             start_new_session=True,

@@ -113,7 +113,7 @@ def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
     for network in state.networks:
         out += _host_side(network, parts)
     for network, member, container in running:
-        out += _container(state, host, network, member, container, parts)
+        out += _container(state, host, network, member, container, mtus[network.name], parts)
         if host.vpn is not None and host.vpn.container_id == member.id:
             out += _vpn(network, host.vpn, parts)
     return out
@@ -253,9 +253,14 @@ def mtu_of(network: Network, host: HostState, parts: Parts) -> int:
     return min(found)
 
 
+def _forwards(network: Network, member: Member) -> bool:
+    """Whether a container is the VPN's server."""
+    return network.vpn is not None and network.vpn.member_id == member.id
+
+
 def _container_links(network: Network, member: Member, mtu: int, parts: Parts) -> list[Resource]:
     namespace = namespace_of(member.id)
-    forwards = network.vpn is not None and network.vpn.member_id == member.id
+    forwards = _forwards(network, member)
     # What the VPN's clients send comes in wrapped up, and longer by that.
     near, far = End(member.port), End("eth0", namespace, str(member.mac), 1500 if forwards else mtu)
     return [
@@ -266,7 +271,13 @@ def _container_links(network: Network, member: Member, mtu: int, parts: Parts) -
 
 
 def _container(
-    state: DesiredState, host: HostState, network: Network, member: Member, container: Container, parts: Parts
+    state: DesiredState,
+    host: HostState,
+    network: Network,
+    member: Member,
+    container: Container,
+    mtu: int,
+    parts: Parts,
 ) -> list[Resource]:
     namespace = namespace_of(member.id)
     zone = next((zone for zone in host.zones if zone.network == network.name), None)
@@ -276,7 +287,11 @@ def _container(
         namespace,
         "eth0",
         addresses=(f"{member.address}/{network.subnet.length}",),
-        routes=(Route("default", str(network.gateway)),),
+        # The VPN's server takes more than its neighbours do.
+        routes=(
+            Route("default", str(network.gateway)),
+            *((Route(str(network.subnet), mtu=mtu),) if _forwards(network, member) else ()),
+        ),
         needs=(gate.key,),
     )
     out: list[Resource] = [gate, interface]

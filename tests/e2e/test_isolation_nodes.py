@@ -162,8 +162,12 @@ def test_ipv6_and_frames(traffic: Traffic, nodes_lab: Status, tmp_path: Path) ->
     presser = Program(nodes_lab, "oo1424oo", "press", "bulkhead-102", "bulkhead-200", out=tmp_path / "pressed")
     until(lambda: all(kinds.get("ipv6", 0) >= 5 for kinds in presser.ask().values()), 10, "both press")
     presser.close()
-    for host, address in (("gateway", PRIVACY["relay"]), ("op-dbus-api", MANAGEMENT["exporter"])):
-        assert traffic.attempt(host, Try("udp", address, UDP, say="honest")).outcome == "reply"
+    for host, address, source in (
+        ("gateway", PRIVACY["relay"], None),
+        ("op-dbus-api", MANAGEMENT["exporter"], None),
+        ("droplet", PRIVACY["relay"], "10.0.0.50"),
+    ):
+        assert traffic.attempt(host, Try("udp", address, UDP, source=source, say="honest")).outcome == "reply"
     wrong = []
     for host, tap in taps.items():
         tap.close()

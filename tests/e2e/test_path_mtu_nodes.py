@@ -26,6 +26,7 @@ PATHS = {
     "the world by the mesh": ("droplet", INET, "10.0.0.50"),
     "the world by the VPN": ("laptop", INET, None),
     "the world from the VPN's server": ("gateway", INET, None),
+    "the VPN's server to xray": ("gateway", "10.0.0.102", None),
     "xray to the other node": ("xray", "10.0.0.110", None),
     "the other node to xray": ("relay", "10.0.0.102", None),
     "a wider peer of the mesh to xray": ("droplet", "10.0.0.102", "10.0.0.50"),
