@@ -194,7 +194,8 @@ class Agent:
         self._tell(Kind.HOST_ERROR, f"{key}: {why}", key)
 
     def _tell(self, kind: Kind, text: str, key: str | None = None, network: str | None = None) -> None:
-        if key is not None and not self._limiter.admit(key, time.monotonic()):
+        # What the file asks for is as much as the file asks for; what somebody damages may have no end.
+        if key is not None and kind is not Kind.HOST_CHANGED and not self._limiter.admit(key, time.monotonic()):
             return
         LOG.info("%s: %s", kind, text)
         try:

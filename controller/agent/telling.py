@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BURST = 30
-"""So many events of one part at once: more than its making takes."""
+"""So many events of one part at once."""
 EVERY_S = 10.0
 """Afterwards one in so long."""
 

@@ -25,6 +25,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A directory with a short name, for sockets: pytest's own gets longer with every process that runs tests."""
+    with tempfile.TemporaryDirectory(prefix="bulkhead-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Status]:
     """The lab of the example state file, up."""

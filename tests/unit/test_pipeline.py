@@ -198,7 +198,9 @@ def test_apps_make_flows_of_their_tables_only_and_have_names_and_ids_of_their_ow
 # ----------------------------------------------------------------------------------------------------------- registers
 
 
-@pytest.mark.parametrize("allowed", [set(), {Role.HOST}, {Role.CONTAINER, Role.MESH}, set(Role)], ids=str)
+@pytest.mark.parametrize(
+    "allowed", [set(), {Role.HOST}, {Role.CONTAINER, Role.MESH}, set(Role)], ids=lambda roles: "-".join(sorted(roles))
+)
 def test_any_role_is_true_for_these_roles_and_no_other(allowed: set[Role]) -> None:
     value, mask = any_role(*allowed)
     assert {role for role in Role if role_value(role) & mask == value} == allowed
