@@ -227,11 +227,16 @@ def abort(sock: socket.socket) -> None:
     sock.close()
 
 
-def requests(frames: list[bytes]) -> set[tuple[str, str]]:
-    """(source, target) addresses of the probes among frames, not of any answer."""
+def requests(frames: list[bytes], probe: str) -> set[tuple[str, str]]:
+    """(source, target) addresses of a probe's packets among frames, not of any answer, and not of another probe whose
+    packets were sent again late."""
+    kind, _, port = probe.partition("/")
+    number = {"icmp": 1, "tcp": 6, "udp": 17}[kind]
     out = set()
     for frame in frames:
-        if frame[12:14] != b"\x08\0":
+        if frame[12:14] != b"\x08\0" or frame[23] != number:
+            continue
+        if port and int.from_bytes(frame[36:38], "big") != int(port):
             continue
         pair = socket.inet_ntoa(frame[26:30]), socket.inet_ntoa(frame[30:34])
         if (
@@ -284,7 +289,7 @@ def test_everybody_reaches_whom_the_table_says_and_nobody_else(node: Node, probe
             attempts = prober.round(probe, pairs, hoped, silent_s)
             arrived: dict[Pair, set[str]] = {pair: set() for pair in pairs}
             for at, frames in watch.frames().items():
-                for source, target in requests(frames):
+                for source, target in requests(frames, probe):
                     arrived[addresses[source], addresses[target]].add(at)
         for pair, attempt in attempts.items():
             found = Expected(attempt.answer, frozenset(arrived[pair]))
