@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from controller.agent.settings import Settings
 from controller.agent.sysctls import Sysctls
 from controller.agent.vpn import Clients
 from controller.agent.wireguard import WgConfig, WireGuard, resolve, show
-from controller.hostmodel import Container, Datapath, Driver, HostState, Leg, VpnServer
+from controller.hostmodel import WARP_MTU, Container, Datapath, Driver, HostState, Leg, VpnServer
 from controller.model import DesiredState, Mac, Member, Network, Role
 from controller.problems import BulkheadError
 
@@ -62,13 +61,19 @@ class Parts:
 
 
 class Broken:
-    """Something that cannot be made as the state file says; it says why, again and again, until that is mended."""
+    """Something that cannot be made as the state file says; it says why, again and again, until that is mended.
+
+    `keeps` are the keys of what stays as it is meanwhile, and `host_ends` the interfaces.
+    """
 
     period = 1.0
 
-    def __init__(self, key: str, check: Callable[[], object]) -> None:
+    def __init__(
+        self, key: str, check: Callable[[], object], keeps: tuple[str, ...] = (), host_ends: tuple[str, ...] = ()
+    ) -> None:
         self.key = key
         self.needs: tuple[str, ...] = ()
+        self.keeps, self.host_ends = keeps, host_ends
         self._check = check
 
     async def diff(self) -> list[Change]:
@@ -160,8 +165,9 @@ def _leg(network: Network, leg: Leg, mtu: int, parts: Parts) -> list[Resource]:
     try:
         config = resolve(leg.tunnel, parts.keys)
     except BulkheadError:
-        # Without its rules and addresses nothing of it is made; the rest of the host is.
-        return [Broken(f"leg/{leg.port}", lambda: resolve(leg.tunnel, parts.keys))]
+        # Without its rules and addresses nothing of it is made; what there is of it stays, and the rest of the host is made.
+        keeps = (f"namespace/{namespace_of(leg.port)}", f"veth/{leg.port}", f"wireguard/{leg.tunnel.interface}")
+        return [Broken(f"leg/{leg.port}", lambda: resolve(leg.tunnel, parts.keys), keeps, (leg.port,))]
     return [*_leg_links(network, leg, config, mtu, parts), *_leg_tunnel(network, leg, config, parts)]
 
 
@@ -248,8 +254,10 @@ def mtu_of(network: Network, host: HostState, parts: Parts) -> int:
     found = [1500]
     for leg in host.legs:
         if leg.network == network.name:
-            with contextlib.suppress(BulkheadError):  # it is told where the leg is made
+            try:
                 found.append(resolve(leg.tunnel, parts.keys).mtu)
+            except BulkheadError:  # it is told where the leg is made
+                found.append(leg.tunnel.mtu or WARP_MTU)
     return min(found)
 
 

@@ -56,7 +56,7 @@ class Leftover:
 async def leftovers(parts: Parts, wanted: Sequence[Resource], *, keep: bool = False) -> list[Resource]:
     """What is there of ours beside `wanted`, in the order in which it goes. With `keep` the files of LXC containers
     stay."""
-    keys = {resource.key for resource in wanted}
+    keys = {key for resource in wanted for key in (resource.key, *getattr(resource, "keeps", ()))}
     out: list[Resource] = []
     for name, bridge in (await parts.ovsdb.bridges()).items():
         if bridge.mark and f"bridge/{name}" not in keys:

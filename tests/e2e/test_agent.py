@@ -203,6 +203,25 @@ def test_a_stranger_of_that_name_is_told_and_left_alone(bare: BareHost) -> None:
     bare.until(lambda: bare.reaches("100", "10.0.0.102"), 20, "built once it is gone")
 
 
+def test_a_key_file_that_goes_bad_takes_no_tunnel_down(bare: BareHost) -> None:
+    key = bare.directory / "warp.key"
+    key.write_text("GAo65ymUXE7e8FrXbuSITPYUqeUUDCxMmzOn9DWkK3M=\n")
+    key.chmod(0o600)
+    state = bare.state_file.read_text()
+    bare.state_file.write_text(state.replace("    enabled: true\n", f"    private_key_file: {key}\n", 1))
+    bare.start("up")
+    bare.settle()
+    before = bare.inside("warp0", "wg", "show", "wg-warp0", "public-key")
+    key.chmod(0o644)
+    bare.until(lambda: any("chmod 600" in event.text for event in bare.events("host_error")), 10, "told")
+    assert bare.inside("warp0", "wg", "show", "wg-warp0", "public-key") == before
+    assert "warp0" in bare.ovs.vsctl("list-ports", "vmbr0").split()
+    assert bare.bulkhead("status", *bare.options("run")).returncode == 1
+    key.chmod(0o600)
+    bare.settle()
+    assert bare.inside("warp0", "wg", "show", "wg-warp0", "public-key") == before
+
+
 def test_no_open_vswitch_is_told_and_waited_for(bare: BareHost) -> None:
     socket = bare.directory / "ovs" / "db.sock"
     hidden = socket.with_name("hidden")
