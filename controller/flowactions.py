@@ -163,6 +163,7 @@ class ActionReader:
         out: list[Action] = []
         dropped, last = False, ""
         count = 0
+        behind: int | None = None
         for word in words(text):
             count += 1
             if self.goto is not None:
@@ -175,7 +176,13 @@ class ActionReader:
                 last = word.name
             elif last and self.goto is None:
                 raise Refused(f"{last} before {word.text}", "instructions behind actions", f"Put {last} behind them.")
-            out += found
+            if word.name.lower() == "write_metadata" and behind is not None:
+                # Written as an action, it goes before what is only done at the very end.
+                out[behind:behind] = found
+                behind += len(found)
+            else:
+                behind = len(out) if last and behind is None and word.name.lower() != "write_metadata" else behind
+                out += found
             self._follow(found)
         if dropped and count > 1:
             raise Refused(f"drop beside other actions: {text}", "drop on its own", "Remove drop, or the others.")

@@ -161,8 +161,9 @@ class Traffic:
         }
         for host, process in started.items():
             assert process.stdin is not None
-            json.dump([each.as_json() for each in wanted[host]], process.stdin)
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it has ended already, and is told of below
+                json.dump([each.as_json() for each in wanted[host]], process.stdin)
+                process.stdin.close()
             process.stdin = None
         return {host: _results(host, process) for host, process in started.items()}
 

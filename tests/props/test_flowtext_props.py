@@ -85,6 +85,8 @@ ALPHABET = string.ascii_lowercase + string.digits + ',=():[]"->./|+#\\ \n\0²é'
 @example("actions=" + "(" * 20000)
 @example("reg0=" + "9" * 5000 + ",actions=drop")
 @example("actions=note:" + "1." * 20000 + "x")
+@example("actions=1,write_actions(output:1),write_metadata:5,goto_table:6")
+@example("actions=1,clear_actions,write_metadata:5,write_actions(output:1),goto_table:6")
 def test_any_text_is_read_or_refused(text: str) -> None:
     tried(text)
 
