@@ -24,18 +24,21 @@ from lab.nodes import Node, Uplink
 from lab.ovs import Here, LabError, Namespace, PrivateOvs, die_with_parent
 
 WATCH_S = 0.5
-# The agent makes /etc/netns, which must not be the host's: /etc is a directory of links to the host's files, which the
-# node may read. A copy would leave the host's secrets in the lab's directory.
-_NODE = """
+PRIVATE_ETC = """
+mkdir -p /run/etc && mount --rbind /etc /run/etc && mount -o remount,bind,ro /run/etc || exit 1
+mount -t tmpfs -o mode=755 own /etc || exit 1
+find /run/etc -mindepth 1 -maxdepth 1 ! -name netns ! -type l -exec ln -s -t /etc {} + || exit 1
+find /run/etc -mindepth 1 -maxdepth 1 -type l -exec cp -P -t /etc {} + || exit 1
+"""
+"""For a shell in a mount namespace of its own, with a /run of its own. The agent makes /etc/netns, which must not be the
+host's: /etc becomes a directory of links to the host's files, which may be read. A copy would leave secrets behind."""
+_NODE = f"""
 mount --make-rprivate / || exit 1
 if [ "$1" = private ]; then mount -t tmpfs -o mode=755 own /run || exit 1; fi
 mkdir -p /run/cgroup && mount --rbind /sys/fs/cgroup /run/cgroup || exit 1
 mount -t sysfs own /sys && mount --rbind /run/cgroup /sys/fs/cgroup && umount -l /run/cgroup && rmdir /run/cgroup || exit 1
 for dir in /run/netns /run/wireguard /run/lxc; do mkdir -p $dir && mount -t tmpfs own $dir || exit 1; done
-mkdir -p /run/etc && mount --rbind /etc /run/etc && mount -o remount,bind,ro /run/etc || exit 1
-mount -t tmpfs -o mode=755 own /etc || exit 1
-find /run/etc -mindepth 1 -maxdepth 1 ! -name netns ! -type l -exec ln -s -t /etc {} + || exit 1
-find /run/etc -mindepth 1 -maxdepth 1 -type l -exec cp -P -t /etc {} + || exit 1
+{PRIVATE_ETC}
 echo ready && exec sleep infinity
 """
 

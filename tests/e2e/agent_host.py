@@ -34,7 +34,7 @@ class BareHost:
         self.run_dir, self.state_dir = directory / "run", directory / "state"
         self.events_dir = directory / "events"
         self.status_file = self.run_dir / STATUS
-        self.machine = Machine("/etc/netns")
+        self.machine = Machine(private_etc=True)
         self.ovs = PrivateOvs(directory / "ovs", namespace=self.machine)
         self._started: list[subprocess.Popen[str]] = []
 
@@ -153,7 +153,7 @@ class BareHost:
             "routes": "ip route; ip -6 route | grep -v fe80 || true",
             "rules": "nft -s list ruleset; ip rule",
             "namespaces": "ls /run/netns",
-            "etc": "find /etc/netns",
+            "etc": "find /etc/netns 2>/dev/null || true",
             "bridges": f"ovs-vsctl --db={self.ovs.db} --no-heading --columns=name,fail_mode,ports list bridge | "
             "sed 's/[0-9a-f-]\\{36\\}/id/g' | sort",
             "controllers": f"ovs-vsctl --db={self.ovs.db} --no-heading --columns=target list controller | sort",

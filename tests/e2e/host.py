@@ -18,11 +18,13 @@ from typing import Any, NamedTuple, Self
 from controller.model import BridgeKind
 from controller.statefile import load
 from lab.ovs import Here, LabError, PrivateOvs, die_with_parent
+from lab.world import PRIVATE_ETC
 
 from .conftest import STATE_FILE
 
 ROOT = Path(__file__).parents[2]
-_READY = "mount -t tmpfs own /run && mkdir /run/netns /run/wireguard && {more} echo ready && exec sleep infinity"
+_RUN = "mount -t tmpfs own /run && mkdir /run/netns /run/wireguard || exit 1\n"
+_READY = "echo ready && exec sleep infinity"
 _SERVE = """
 import json, sys
 from click.testing import CliRunner
@@ -44,14 +46,14 @@ class Answer(NamedTuple):
 class Machine(Here):
     """Namespaces for network, mounts and process ids, that live as long as their first process.
 
-    /run is its own, and so are `private` directories.
+    /run is its own, and so is /etc where that is asked for.
     """
 
-    def __init__(self, *private: str) -> None:
-        more = "".join(f"mkdir -p {path} && mount -t tmpfs own {path} && " for path in private)
+    def __init__(self, *, private_etc: bool = False) -> None:
+        script = _RUN + (PRIVATE_ETC if private_etc else "") + _READY
         unshare = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
         self._holder = subprocess.Popen(
-            [*unshare, "sh", "-c", _READY.format(more=more)],
+            [*unshare, "sh", "-c", script],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             text=True,
