@@ -100,7 +100,7 @@ DAMAGE = {
     "chain-flushed": "nft flush chain inet bulkhead forward",
     "table-deleted": "nft delete table inet bulkhead",
     "ingress-deleted": "nft delete table netdev bulkhead",
-    "leg-rules-flushed": "ip netns exec bulkhead-warp0 nft flush ruleset",
+    "leg-rules-flushed": "ip netns exec bulkhead-warp0 nft flush table inet bulkhead",
     "veth-renamed": "ip link set veth102 down; ip link set veth102 name other",
     "eth0-renamed": "ip -n bulkhead-102 link set eth0 down; ip -n bulkhead-102 link set eth0 name other",
     "port-moved": "ovs-vsctl --db={db} del-port vmbr0 veth102 -- add-port vmbr1 veth102",
