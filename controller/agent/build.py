@@ -88,7 +88,7 @@ def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
     ports: dict[str, list[str]] = {bridge.name: [] for bridge in state.bridges}
     for bridge in state.bridges:
         pinned = bridge.datapath_id if bridge.datapath_id is not None else int(Mac.derive("bridge", bridge.name))
-        out.append(Bridge(parts.ovsdb, bridge.name, parts.datapath, pinned, parts.settings.controller))
+        out.append(Bridge(parts.ovsdb, parts.nets, bridge.name, parts.datapath, pinned, parts.settings.controller))
     for one, other in host.veths:
         out.append(Veth(parts.nets, End(one.name), End(other.name), software_sums=_sums(parts)))
         ports[one.bridge].append(one.name)

@@ -23,6 +23,7 @@ with warnings.catch_warnings():
     from ovsdbapp.backend.ovs_idl.command import BaseCommand
     from ovsdbapp.schema.open_vswitch.impl_idl import OvsdbIdl
 
+from controller.agent.netlink import Nets, explained
 from controller.agent.resource import Change, Failed, Sign, Step, Waiting
 from controller.agent.run import call
 
@@ -212,8 +213,8 @@ class Bridge:
 
     period = 2.0
 
-    def __init__(self, ovsdb: Ovsdb, name: str, datapath: str, datapath_id: int, controller: str) -> None:
-        self._ovsdb = ovsdb
+    def __init__(self, ovsdb: Ovsdb, nets: Nets, name: str, datapath: str, datapath_id: int, controller: str) -> None:
+        self._ovsdb, self._nets = ovsdb, nets
         self.name = name
         self._datapath = datapath
         self._datapath_id = f"{datapath_id:016x}"
@@ -254,6 +255,8 @@ class Bridge:
         return "; ".join(found)
 
     async def _apply(self) -> None:
+        link = await self._kernel()
+
         def work(tables: Any, insert: Any) -> None:
             bridge = _find(tables, "Bridge", self.name)
             if bridge is None:
@@ -261,7 +264,7 @@ class Bridge:
             elif MARK not in bridge.external_ids and self._looks_made(bridge):
                 bridge.setkey("external_ids", MARK, "made")
             elif MARK not in bridge.external_ids:
-                bridge.setkey("external_ids", BEFORE, json.dumps(_before(bridge)))
+                bridge.setkey("external_ids", BEFORE, json.dumps(_before(bridge) | link))
                 bridge.setkey("external_ids", MARK, "taken")
             # Secure comes first and the controller last; set again what is so already, and Open vSwitch clears the flows.
             if bridge.external_ids.get(MARK) == "made" and (bridge.datapath_type or "system") != self._datapath:
@@ -282,6 +285,15 @@ class Bridge:
                 bridge.controller = [row]
 
         await self._ovsdb.change(f"bridge {self.name}", work)
+
+    async def _kernel(self) -> dict[str, Any]:
+        """How the bridge's own interface is: whether it is up, its addresses and routes."""
+        net = await self._nets.get(None)
+        link = await net.link(self.name)
+        if link is None:
+            return {}
+        addresses, routes = await net.addresses(link.index), await net.routes(link.index)
+        return {"up": link.up, "addresses": sorted(addresses), "routes": sorted(route.prefix for route in routes)}
 
     def _looks_made(self, bridge: Any) -> bool:
         """Whether only our mark is missing: set up as by us, and nobody else's ports on it."""
@@ -435,8 +447,9 @@ async def drop_ports(ovsdb: Ovsdb, bridge: str, names: list[str]) -> None:
     await ovsdb.change(f"ports of {bridge}", work)
 
 
-async def give_back(ovsdb: Ovsdb, name: str) -> None:
-    """Take away a bridge that we made; give one that we took over its own settings back."""
+async def give_back(ovsdb: Ovsdb, nets: Nets, name: str) -> None:
+    """Take away a bridge that we made; give one that we took over its own settings back, and its interface."""
+    before: dict[str, Any] = {}
 
     def work(tables: Any, insert: Any) -> None:
         row = _find(tables, "Bridge", name)
@@ -449,7 +462,7 @@ async def give_back(ovsdb: Ovsdb, name: str) -> None:
         for port in list(row.ports):
             if MARK in port.external_ids:
                 row.delvalue("ports", port)
-        before = json.loads(row.external_ids.get(BEFORE, "{}"))
+        before.update(json.loads(row.external_ids.get(BEFORE, "{}")))
         row.fail_mode = [before["fail_mode"]] if before.get("fail_mode") else []
         for key, value in before.get("other_config", {}).items():
             if value is None:
@@ -468,6 +481,23 @@ async def give_back(ovsdb: Ovsdb, name: str) -> None:
         row.delkey("external_ids", BEFORE)
 
     await ovsdb.change(f"bridge {name}", work)
+    net = await nets.get(None)
+    link = await net.link(name)
+    if link is None or "up" not in before:
+        return
+    lost = f"{name} cannot be given back as it was"
+    for route in list(await net.routes(link.index)):
+        if route.prefix not in before["routes"]:
+            scope = {} if route.via is not None else {"scope": 253}  # on the link
+            with explained(lost):
+                await net.rtnl.route("del", family=socket.AF_INET, dst=route.prefix, oif=link.index, **scope)
+    for text in await net.addresses(link.index) - set(before["addresses"]):
+        address, _, length = text.partition("/")
+        with explained(lost):
+            await net.rtnl.addr("del", index=link.index, address=address, prefixlen=int(length))
+    if not before["up"]:
+        with explained(lost):
+            await net.rtnl.link("set", index=link.index, state="down")
 
 
 async def choose_datapath(wanted: str, ovsdb: Ovsdb) -> str:

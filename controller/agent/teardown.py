@@ -60,7 +60,7 @@ async def leftovers(parts: Parts, wanted: Sequence[Resource], *, keep: bool = Fa
     out: list[Resource] = []
     for name, bridge in (await parts.ovsdb.bridges()).items():
         if bridge.mark and f"bridge/{name}" not in keys:
-            out.append(Leftover(f"bridge/{name}", f"bridge {name}", parts, _giving(parts.ovsdb, name)))
+            out.append(Leftover(f"bridge/{name}", f"bridge {name}", parts, _giving(parts, name)))
         elif not bridge.mark:
             ours = [port.name for port in bridge.ports.values() if port.ours]
             if ours:
@@ -100,9 +100,9 @@ async def leftovers(parts: Parts, wanted: Sequence[Resource], *, keep: bool = Fa
     return out
 
 
-def _giving(ovsdb: Ovsdb, name: str) -> Step:
+def _giving(parts: Parts, name: str) -> Step:
     async def do() -> None:
-        await give_back(ovsdb, name)
+        await give_back(parts.ovsdb, parts.nets, name)
 
     return do
 
