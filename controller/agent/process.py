@@ -205,7 +205,7 @@ class Programs:
             if time.monotonic() > deadline:
                 return False
             await asyncio.sleep(0.02)
-            self._reap()
+        self._reap()
         return True
 
     def _path(self, name: str) -> Path:

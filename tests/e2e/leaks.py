@@ -267,8 +267,11 @@ class Watched:
         self.node("kill", "-9", str(found[0]))
 
     def program(self, name: str) -> int:
-        """Process id of a program of the agent's."""
-        return int(json.loads((self.node_dir / f"run/agent/programs/{name}.json").read_text())["pid"])
+        """Process id of a program of the agent's; 0 while it is being started."""
+        try:
+            return int(json.loads((self.node_dir / f"run/agent/programs/{name}.json").read_text())["pid"])
+        except FileNotFoundError:
+            return 0
 
     def start(self, *command: str) -> None:
         """Start something on the node that stays."""
