@@ -14,7 +14,7 @@ PACKAGES = ("controller", "apps", "lab")
 # From the bottom up. A module may import what stands in lower ranks, and in its own.
 RANKS = (
     ("problems", "model", "events", "notes", "hostmodel", "records"),
-    ("fields", "ofparse", "statetext", "eventfiles"),
+    ("fields", "ofparse", "statetext", "eventfiles", "realized"),
     ("flow", "stateschema", "ofrules", "eventlog", "eventread", "eventverify", "eventview"),
     ("frame", "hostderive", "statederive", "flownames", "flowwrites"),
     ("flowmatch",),
@@ -34,9 +34,10 @@ RANKS = (
     ("core",),
     ("hub", "wire", "unixsocket"),
     ("asking",),
+    ("store", "upkeep"),
     ("link", "listen", "ovsdb", "control"),
     ("shell",),
-    ("terminal",),
+    ("terminal", "storeoptions"),
     ("agent",),
     ("lab",),
     ("checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli"),
@@ -72,6 +73,8 @@ APART = {
     },
     "desired": {"problems", "records", "statefile"},
     "records": {"model"},
+    "realized": {"records"},
+    "store": {"problems", "records"},
     "ofrules": {"model", "problems", "ofparse"},
 }
 
