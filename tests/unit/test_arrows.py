@@ -13,7 +13,8 @@ PACKAGES = ("controller", "apps", "lab")
 
 # From the bottom up. A module may import what stands in lower ranks, and in its own.
 RANKS = (
-    ("problems", "model", "events", "notes", "hostmodel"),
+    ("problems", "model", "events", "notes", "hostmodel", "records"),
+    ("store",),
     ("fields", "ofparse", "statetext", "eventfiles"),
     ("flow", "stateschema", "ofrules", "eventlog", "eventread", "eventverify", "eventview"),
     ("frame", "hostderive", "statederive", "flownames", "flowwrites"),
@@ -38,7 +39,7 @@ RANKS = (
     ("terminal",),
     ("agent",),
     ("lab",),
-    ("checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli"),
+    ("checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli", "storecli"),
     ("cli",),
     ("__main__",),
 )
@@ -55,6 +56,8 @@ APART = {
     "events": set(),
     "model": set(),
     "problems": set(),
+    "records": {"model"},
+    "store": {"model", "problems", "records"},
     "fields": {"model"},
     "flow": {"fields", "model"},
     "flownames": {"fields", "flow"},
