@@ -13,7 +13,7 @@ PACKAGES = ("controller", "apps", "lab")
 
 # From the bottom up. A module may import what stands in lower ranks, and in its own.
 RANKS = (
-    ("problems", "model", "events", "notes", "hostmodel"),
+    ("problems", "model", "events", "notes", "hostmodel", "records"),
     ("fields", "ofparse", "statetext", "eventfiles"),
     ("flow", "stateschema", "ofrules", "eventlog", "eventread", "eventverify", "eventview"),
     ("frame", "hostderive", "statederive", "flownames", "flowwrites"),
@@ -32,7 +32,7 @@ RANKS = (
     ("status",),
     ("core",),
     ("hub", "wire", "unixsocket"),
-    ("asking",),
+    ("asking", "api_socket"),
     ("link", "listen", "ovsdb", "control"),
     ("shell",),
     ("terminal",),
@@ -65,7 +65,19 @@ APART = {
     "statefile": {"model", "hostmodel", "problems", "statetext", "stateschema", "statederive", "ofrules"},
     "statederive": {"model", "hostmodel", "hostderive", "notes", "problems", "statetext", "stateschema", "ofrules"},
     "hostderive": {"model", "hostmodel", "notes", "stateschema"},
-    "agent": {"asking", "eventfiles", "eventlog", "events", "hostmodel", "model", "problems", "statefile"},
+    "agent": {
+        "asking",
+        "api_socket",
+        "eventfiles",
+        "eventlog",
+        "events",
+        "hostmodel",
+        "model",
+        "problems",
+        "records",
+        "statefile",
+    }
+    | {"unixsocket", "vpnpool", "wgkeys"},
     "ofrules": {"model", "problems", "ofparse"},
 }
 
