@@ -13,8 +13,8 @@ PACKAGES = ("controller", "apps", "lab")
 
 # From the bottom up. A module may import what stands in lower ranks, and in its own.
 RANKS = (
-    ("problems", "model", "events", "notes", "hostmodel", "records"),
-    ("fields", "ofparse", "statetext", "eventfiles"),
+    ("problems", "model", "events", "notes", "hostmodel", "records", "wgkeys"),
+    ("fields", "ofparse", "statetext", "eventfiles", "vpnpool"),
     ("flow", "stateschema", "ofrules", "eventlog", "eventread", "eventverify", "eventview"),
     ("frame", "hostderive", "statederive", "flownames", "flowwrites"),
     ("flowmatch",),
