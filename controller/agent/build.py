@@ -32,6 +32,9 @@ from controller.agent.wireguard import WgConfig, WireGuard, resolve, show
 from controller.hostmodel import WARP_MTU, Container, Datapath, Driver, HostState, Leg, VpnServer
 from controller.model import DesiredState, Mac, Member, Network, Role
 from controller.problems import BulkheadError
+from controller.records import ClientRecord
+from controller.vpnpool import PUBLIC_KEY
+from controller.wgkeys import public_key
 
 NEXT_HOP = "169.254.0.1"
 """What a leg sends everything to that is for its bridge: an address nobody has, with one permanent neighbour. The flows
@@ -80,6 +83,7 @@ class Parts:
     lxc: Lxc
     datapath: str
     made: Made = field(default_factory=lambda: Made(), compare=False)
+    client_records: Callable[[], Sequence[ClientRecord]] = tuple
 
     @property
     def keys(self) -> KeyStore:
@@ -89,7 +93,7 @@ class Parts:
     @property
     def clients(self) -> Clients:
         """The VPN server's clients."""
-        return Clients(self.settings.state_dir / "vpn")
+        return Clients(self.settings.state_dir / "vpn", self.client_records)
 
 
 class Broken:
@@ -408,8 +412,12 @@ def _vpn(network: Network, vpn: VpnServer, parts: Parts) -> list[Resource]:
     )
     addresses = tuple(f"{address}/{length}" for address, length in vpn.tunnel.addresses)
     up = Interface(parts.nets, namespace, interface, addresses=addresses, needs=(tunnel.key,), exact=True)
-    # Says which client's file is damaged; the others connect.
-    return [rules, tunnel, up, Broken("vpn-clients", parts.clients.all)]
+    # Whoever makes a client without root's rights needs it.
+    public = TextFile(
+        parts.settings.run_dir / PUBLIC_KEY, lambda: public_key(resolve(vpn.tunnel, parts.keys).private_key) + "\n"
+    )
+    # Says which client is damaged; the others connect.
+    return [rules, tunnel, up, public, Broken("vpn-clients", parts.clients.all)]
 
 
 def health(state: DesiredState, host: HostState, parts: Parts) -> list[Watched]:

@@ -13,8 +13,8 @@ PACKAGES = ("controller", "apps", "lab")
 
 # From the bottom up. A module may import what stands in lower ranks, and in its own.
 RANKS = (
-    ("problems", "model", "events", "notes", "hostmodel", "records"),
-    ("store", "realized"),
+    ("problems", "model", "events", "notes", "hostmodel", "records", "wgkeys"),
+    ("store", "realized", "vpnpool"),
     ("fields", "ofparse", "statetext", "eventfiles"),
     ("flow", "stateschema", "ofrules", "eventlog", "eventread", "eventverify", "eventview"),
     ("frame", "hostderive", "statederive", "flownames", "flowwrites"),
@@ -33,15 +33,15 @@ RANKS = (
     ("watch", "wording"),
     ("status",),
     ("core",),
-    ("hub", "wire", "unixsocket"),
-    ("asking",),
     ("upkeep",),
+    ("hub", "wire", "unixsocket"),
+    ("asking", "api_socket"),
     ("link", "listen", "ovsdb", "control"),
     ("shell",),
     ("terminal", "storeoptions"),
     ("agent",),
     ("lab",),
-    ("checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli", "storecli"),
+    ("checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli"),
     ("cli",),
     ("__main__",),
 )
@@ -60,6 +60,8 @@ APART = {
     "problems": set(),
     "records": {"model"},
     "store": {"model", "problems", "records"},
+    "realized": {"records"},
+    "desired": {"problems", "records", "statefile"},
     "fields": {"model"},
     "flow": {"fields", "model"},
     "flownames": {"fields", "flow"},
@@ -71,13 +73,9 @@ APART = {
     "statederive": {"model", "hostmodel", "hostderive", "notes", "problems", "statetext", "stateschema", "ofrules"},
     "hostderive": {"model", "hostmodel", "notes", "stateschema"},
     "agent": {
-        *("asking", "desired", "eventfiles", "eventlog", "events", "hostmodel", "model", "problems", "records"),
-        *("statefile", "store"),
+        *("api_socket", "asking", "desired", "eventfiles", "eventlog", "events", "hostmodel", "model", "problems"),
+        *("records", "statefile", "store", "unixsocket", "vpnpool", "wgkeys"),
     },
-    "desired": {"problems", "records", "statefile"},
-    "records": {"model"},
-    "realized": {"records"},
-    "store": {"problems", "records"},
     "ofrules": {"model", "problems", "ofparse"},
 }
 
