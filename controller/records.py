@@ -185,7 +185,8 @@ class Records:
     nodes: tuple[NodeRecord, ...] = ()
 
     def __iter__(self) -> Iterator[Record]:
-        yield from (*self.containers, *self.clients, *self.grants, *self.tokens, *self.operations)
+        for group in (self.containers, self.clients, self.grants, self.tokens, self.operations):
+            yield from group
 
     def node(self, name: str) -> NodeRecord:
         """A node's progress; none where it never wrote any."""
