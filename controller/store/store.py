@@ -137,8 +137,8 @@ class Store:
     def change(self, fn: Callable[[Change], T], timeout_s: float = 10.0, *, above: int = 0) -> tuple[T, int]:
         """Run `fn` on the records as they are, on the store's thread, and write what it has put.
 
-        Answers what `fn` answered, and the revision, which is more than `above`. `fn` may run several times; only the last run counts. What it raises
-        comes out here, and nothing is written. Raises `Clash` and `Unavailable`.
+        Answers what `fn` answered, and the revision, which is more than `above`. `fn` may run several times; only the
+        last run counts. What it raises comes out here, and nothing is written. Raises `Clash` and `Unavailable`.
         """
         if threading.current_thread() is self._thread:
             raise BulkheadError("a subscriber of the store cannot change it; do that from another thread")
@@ -294,7 +294,8 @@ class Store:
         for job in batch:
             job.tried[name] = job.answer
         self._flying = batch
-        operations = [*self._guard(base.revision, revision, name), *operations]
+        # Without "durable" a server on its own answers before its disk has it.
+        operations = [*self._guard(base.revision, revision, name), *operations, {"op": "commit", "durable": True}]
         self._link.session.transact(operations, lambda results: self._answered(batch, name, revision, results))
 
     def _guard(self, before: int, revision: int, name: str) -> list[Any]:
@@ -362,7 +363,8 @@ class Store:
             if kind == "not owner":
                 self._link.session.unlock()
             self._jobs.extendleft(reversed(batch))
-        elif kind == "constraint violation" and self._link.root is None and '"Bulkhead"' in details:
+        elif kind == "constraint violation" and revision == 1 and '"Bulkhead"' in details:
+            # Somebody else has begun the store in this very moment.
             self._jobs.extendleft(reversed(batch))
         elif len(batch) > 1:
             # One of them is to blame, and only it shall have the blame.
