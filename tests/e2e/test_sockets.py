@@ -55,7 +55,9 @@ def sh(script: str) -> None:
 
 
 def container(address: bool = True) -> None:
-    sh("ip netns add bulkhead-201; ip -n bulkhead-201 link set lo up; ip -n bulkhead-201 link add eth0 type veth peer name far")
+    sh(
+        "ip netns add bulkhead-201; ip -n bulkhead-201 link set lo up; ip -n bulkhead-201 link add eth0 type veth peer name far"
+    )
     if address:
         sh(f"ip -n bulkhead-201 address add {ADDRESS}/24 dev eth0; ip -n bulkhead-201 link set eth0 up")
 
