@@ -57,6 +57,8 @@ class Kind(StrEnum):
     HOST_READY = "host_ready"
     TUNNEL_UP = "tunnel_up"
     TUNNEL_DOWN = "tunnel_down"
+    SERVICE_UP = "service_up"
+    SERVICE_DOWN = "service_down"
     LOST = "lost"
     INTERNAL_ERROR = "internal_error"
 
@@ -84,6 +86,7 @@ _WARNINGS: Final = frozenset(
         Kind.HOST_HEALED,
         Kind.HOST_ERROR,
         Kind.TUNNEL_DOWN,
+        Kind.SERVICE_DOWN,
         Kind.LOST,
     }
 )
