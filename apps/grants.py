@@ -49,8 +49,8 @@ class Grants(App):
     ADMIT: 200 IPv4 from a passage. SPOOF_GUARD: 300 from a passage, senders and receivers of a grant; 200 nothing else.
     GRANT: 300 a granted address, protocol and port, unfragmented, and the way back, are looked up among the connections
     of this bridge's zone; 200 nothing else from a passage. CROSS: 300 where connections begin the first packet opens one,
-    on both bridges, later ones follow it, and replies to it come back; 100 what a member sends otherwise is a violation;
-    miss drops. OUTPUT_GUARD: 300 containers may send into a passage, and a passage to members that have a grant.
+    on both bridges, later ones follow it, and replies to it come back; 200 what is part of no connection drops; 100
+    what a member sends otherwise is a violation; miss drops. OUTPUT_GUARD: 300 containers may send into a passage, and a passage to members that have a grant.
     """
 
     id = 15
@@ -69,6 +69,7 @@ class Grants(App):
         member, port = crossings.member, crossings.port
         whose = self.own(f"member/{member.id}")
         yield OUTPUT_GUARD.flow(Band.OWN, whose, act(Output(port)), reg1=port, reg0=role_value(Role.PASSAGE))
+        yield CROSS.flow(Band.KNOWN, whose, in_port=port, ct_state=(_TRK | _INV, _TRK | _INV))
         yield CROSS.flow(Band.REST, whose, violation(Violation.CROSSING), in_port=port)
         for passage, there, protocol in dict.fromkeys((c.passage, c.there, c.protocol) for c in crossings.each):
             yield SPOOF_GUARD.flow(

@@ -64,9 +64,7 @@ def openings(state: DesiredState) -> tuple[Opening, ...]:
     return tuple(found.values())
 
 
-def why_not(
-    state: DesiredState, grant: Grant, where: dict[str, tuple[Network, Member]] | None = None
-) -> str:
+def why_not(state: DesiredState, grant: Grant, where: dict[str, tuple[Network, Member]] | None = None) -> str:
     """Why a grant opens nothing on this node, empty if it does."""
     if where is None:
         where = {member.id: (network, member) for network in state.networks for member in network.members}

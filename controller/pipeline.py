@@ -15,7 +15,21 @@ from typing import NamedTuple
 
 from controller import fields
 from controller.fields import BY_NAME, Field
-from controller.flow import Action, Bits, Ct, DecTtl, Flow, Learn, Match, Move, Output, Resubmit, SetField, match_item, whole
+from controller.flow import (
+    Action,
+    Bits,
+    Ct,
+    DecTtl,
+    Flow,
+    Learn,
+    Match,
+    Move,
+    Output,
+    Resubmit,
+    SetField,
+    match_item,
+    whole,
+)
 from controller.model import Role
 from controller.problems import PipelineError
 
