@@ -14,6 +14,7 @@ PACKAGES = ("controller", "apps", "lab")
 # From the bottom up. A module may import what stands in lower ranks, and in its own.
 RANKS = (
     ("problems", "model", "events", "notes", "hostmodel", "records"),
+    ("store",),
     ("fields", "ofparse", "statetext", "eventfiles"),
     ("flow", "stateschema", "ofrules", "eventlog", "eventread", "eventverify", "eventview"),
     ("frame", "hostderive", "statederive", "flownames", "flowwrites"),
@@ -34,12 +35,13 @@ RANKS = (
     ("core",),
     ("hub", "wire", "unixsocket"),
     ("asking",),
+    ("api",),
     ("link", "listen", "ovsdb", "control"),
     ("shell",),
     ("terminal",),
     ("agent",),
     ("lab",),
-    ("checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli"),
+    ("apicli", "checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli", "storecli"),
     ("cli",),
     ("__main__",),
 )
@@ -56,6 +58,8 @@ APART = {
     "events": set(),
     "model": set(),
     "problems": set(),
+    "records": {"model"},
+    "store": {"model", "problems", "records"},
     "fields": {"model"},
     "flow": {"fields", "model"},
     "flownames": {"fields", "flow"},
