@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -118,11 +118,22 @@ class View:
                 return self._declared_one(network, member)
         raise ApiProblem("not-found", f"There is no container {ref!r}. See which there are: GET /api/containers.")
 
+    def container_of(self, record: ContainerRecord) -> models.Container:
+        """A stored container as it goes out."""
+        return self._stored_one(record)
+
+    def container_by_key(self, name: str) -> models.Container:
+        """A stored container by its key. Raises `ApiProblem`."""
+        for record in self.records.containers:
+            if key(record) == name:
+                return self._stored_one(record)
+        raise ApiProblem("conflict", f"{name} was deleted by somebody else meanwhile. See GET /api/containers.")
+
     def _members(self) -> list[tuple[Network, Member]]:
         return [(network, member) for network in self._declared.state.networks for member in network.members]
 
     def _declared_one(self, network: Network, member: Member) -> models.Container:
-        host = {one.id: one for one in self._declared.host.containers}.get(member.id)
+        host = next((one for one in self._declared.host.containers if one.id == member.id), None)
         running = host.running if host is not None else True
         verdict = realized.judge(self.records, f"container/{member.id}", self.node, 0)
         checks = {check.service: check.check for check in getattr(self._declared.host, "checks", ()) if check.container_id == member.id}  # fmt: skip
@@ -147,6 +158,10 @@ class View:
             created_at=None,
             revision=0,
         )
+
+    def _checks(self, container: str) -> dict[str, str]:
+        found: tuple[Any, ...] = getattr(self._declared.host, "checks", ())
+        return {one.service: one.check for one in found if one.container_id == container}
 
     def _stored_one(self, record: ContainerRecord) -> models.Container:
         fresh = record.revision > 0
@@ -224,7 +239,7 @@ class View:
         zone = next((zone for zone in self._declared.host.zones if zone.network == network.name), None)
         stored = [record for record in self.records.containers if record.network == network.name]
         low, high = network.ids
-        ids = {one.id for one in (*network.members, *stored)}
+        ids = {*(one.id for one in network.members), *(one.id for one in stored)}
         taken = {int(member.address) for member in network.members}
         taken |= {int(Ipv4.parse(record.address)) for record in stored}
         for prefix in self._declared.reserved(network):
@@ -281,7 +296,7 @@ class View:
         return next((record.node for record in self.records.containers if record.id == container), self.node)
 
 
-def _state(phase: Phase, running: bool) -> Any:
+def _state(phase: Phase, running: bool) -> Literal["ready", "pending", "failed", "stopped"]:
     if phase is Phase.DONE:
         return "ready" if running else "stopped"
     return "failed" if phase is Phase.REFUSED else "pending"
@@ -290,7 +305,7 @@ def _state(phase: Phase, running: bool) -> Any:
 def encoded(value: BaseModel | Mapping[str, Any]) -> bytes:
     """A value as JSON, as it is sent."""
     if isinstance(value, BaseModel):
-        return value.__pydantic_serializer__.to_json(value, by_alias=True)
+        return value.model_dump_json(by_alias=True).encode()
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
