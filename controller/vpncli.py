@@ -17,6 +17,7 @@ from controller.hostmodel import Endpoint, VpnServer
 from controller.problems import BulkheadError
 from controller.statefile import load
 from controller.terminal import NO, columns, file_argument, guarded, json_option, print_grid, print_json, say
+from controller.vpnpool import configuration
 
 if TYPE_CHECKING:
     from controller.agent.wireguard import PeerStatus
@@ -52,7 +53,7 @@ def add(file: Path, name: str, endpoint: str | None, qr: bool | None, state_dir:
     The configuration holds the client's private key. It is shown this once and not kept.
     """
     from controller.agent.keys import KeyStore
-    from controller.agent.vpn import Clients, Refused, configuration, server_public_key
+    from controller.agent.vpn import Clients, Refused, server_public_key
 
     server = _server(file)
     dialled = _endpoint(endpoint) if endpoint is not None else server.endpoint
@@ -64,7 +65,7 @@ def add(file: Path, name: str, endpoint: str | None, qr: bool | None, state_dir:
     except Refused as exc:
         say(f"bulkhead: {exc}")
         sys.exit(NO)
-    text = configuration(client, private, server, dialled, server_key)
+    text = configuration(client.address, private, client.preshared_key, server, dialled, server_key)
     taken = asyncio.run(_taken_over(server, client.public_key, there=True))
     if as_json:
         print_json({"name": client.name, "address": str(client.address), "active": taken, "configuration": text})

@@ -164,8 +164,6 @@ def _end_grants(change: Change, container: str, who: str) -> None:
 class Created:
     """A container that was made; taken back as a whole."""
 
-    fresh = True
-
     def result(self, view: View, operation: OperationRecord) -> Answer:
         """The container."""
         found = view.container_by_key(operation.object)
@@ -183,8 +181,6 @@ class Created:
 class Deleted:
     """A container that was deleted, which is never taken back."""
 
-    fresh = False
-
     def result(self, view: View, operation: OperationRecord) -> Answer:
         """The container as it was."""
         return Answer(200, encoded(json.loads(operation.answer)))
@@ -196,8 +192,6 @@ class Deleted:
 
 class Switched:
     """A container that was started or stopped; it stays as asked for."""
-
-    fresh = False
 
     def result(self, view: View, operation: OperationRecord) -> Answer:
         """The container."""

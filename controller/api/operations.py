@@ -20,9 +20,9 @@ from typing import Any, Protocol, TypeVar
 
 from controller.api.access import Principal
 from controller.api.problem import ApiProblem
-from controller.api.realized import Phase, Verdict, judge
 from controller.api.settings import Limits
 from controller.api.view import View, encoded, plain
+from controller.realized import Realized, realized
 from controller.records import OperationRecord, Records, key
 from controller.store import Change, Clash, Store, Unavailable
 
@@ -79,10 +79,6 @@ class Target:
 
 class Kind(Protocol):
     """What is to be known of a kind of change, so that it can be gone on with after a restart as well."""
-
-    @property
-    def fresh(self) -> bool:
-        """Whether nothing of that key was there before."""
 
     def result(self, view: View, operation: OperationRecord) -> Answer:
         """What is answered once it is real."""
@@ -278,67 +274,64 @@ class Operations:
             self._following.discard(operation.id)
 
     async def _outcome(self, operation: OperationRecord, kind: Kind, wait_s: float) -> Answer:
-        verdict = Verdict(Phase.WAITING, "the store did not answer in time")
+        found = Realized(False, "the store did not answer in time")
         if operation.id not in self._unwanted:
-            verdict = await self._wait(operation, kind.fresh, wait_s)
-        if verdict.phase is not Phase.DONE:
-            return await self._undone(operation, kind, verdict, wait_s)
+            found = await self._wait(operation, wait_s)
+        if not found.done:
+            return await self._undone(operation, kind, found, wait_s)
         try:
             return kind.result(self._view, operation)
         except ApiProblem as problem:  # somebody else has taken it away meanwhile
             return problem_answer(problem)
 
-    async def _wait(self, operation: OperationRecord, fresh: bool, wait_s: float) -> Verdict:
-        node = self._node(operation)
+    async def _wait(self, operation: OperationRecord, wait_s: float) -> Realized:
+        node, keys = self._watched(operation)
         if node is None:
-            return Verdict(Phase.DONE)
+            return Realized(True)
         deadline = time.monotonic() + wait_s
         while True:
             news = self._news
             records = self._view.records
-            verdict = Verdict(Phase.WAITING, "the store has not shown it yet")
+            found = Realized(False, "the store has not shown it yet")
             if records.revision >= operation.revision:
-                verdict = judge(records, operation.object, node, operation.revision, fresh=fresh)
+                found = realized(records.node(node), operation.revision, keys)
             left = deadline - time.monotonic()
-            if verdict.phase is not Phase.WAITING or left <= 0:
-                return verdict
+            if found.done or found.refused or left <= 0:
+                return found
             try:
                 await asyncio.wait_for(news.wait(), min(left, 1.0))
             except TimeoutError:
                 continue
 
-    def _node(self, operation: OperationRecord) -> str | None:
-        """Who makes it real."""
+    def _watched(self, operation: OperationRecord) -> tuple[str | None, tuple[str, ...]]:
+        """Who makes an operation's object real, and the keys under which they would say that it is not."""
         what, _, name = operation.object.partition("/")
+        last = json.loads(operation.answer) if operation.answer else {}
         if what == "container":
-            return self._last_node(operation) or self._view.node_of(name)
+            node, network = last.get("node"), last.get("network")
+            for record in self._view.records.containers:
+                if record.id == name and not last:
+                    node, network = record.node, record.network
+            return node or self._view.node, (operation.object, f"network/{network}")
         if what == "client":
-            return name.partition("/")[0]
+            return name.partition("/")[0], (operation.object,)
         if what == "grant":
             grant = next((one for one in self._view.records.grants if one.id == name), None)
-            return self._view.node_of(grant.source) if grant is not None else self._view.node
-        return None
+            return self._view.node_of(grant.source) if grant is not None else self._view.node, (operation.object,)
+        return None, ()
 
-    @staticmethod
-    def _last_node(operation: OperationRecord) -> str | None:
-        if not operation.answer:
-            return None
-        node: str | None = json.loads(operation.answer).get("node")
-        return node
-
-    async def _undone(self, operation: OperationRecord, kind: Kind, verdict: Verdict, wait_s: float) -> Answer:
+    async def _undone(self, operation: OperationRecord, kind: Kind, found: Realized, wait_s: float) -> Answer:
         there, revision = await self.change(lambda change: kind.undo(change, operation))
         gone = True
         if there:
-            taken_back = replace(operation, revision=revision)
-            gone = (await self._wait(taken_back, False, self._limits.undo_s)).phase is Phase.DONE
+            gone = (await self._wait(replace(operation, revision=revision), self._limits.undo_s)).done
         after = "It was taken back" if there else "It stays as asked for"
         if there and not gone:
             after += ", which the node has not carried out yet"
-        if verdict.phase is Phase.REFUSED:
-            return problem_answer(ApiProblem("refused", f"{verdict.why}. {after}."))
+        if found.refused:
+            return problem_answer(ApiProblem("refused", f"{found.why}. {after}."))
         detail = (
-            f"Not realized within {wait_s:g} s: {verdict.why}. {after}. See GET /api/status; try again, with a longer "
+            f"Not realized within {wait_s:g} s: {found.why}. {after}. See GET /api/status; try again, with a longer "
             "timeout if the node is only slow."
         )
         return problem_answer(ApiProblem("not-realized", detail, headers={"Retry-After": "5"}))

@@ -13,8 +13,8 @@ PACKAGES = ("controller", "apps", "lab")
 
 # From the bottom up. A module may import what stands in lower ranks, and in its own.
 RANKS = (
-    ("problems", "model", "events", "notes", "hostmodel", "records"),
-    ("store",),
+    ("problems", "model", "events", "notes", "hostmodel", "records", "wgkeys"),
+    ("store", "realized", "vpnpool"),
     ("fields", "ofparse", "statetext", "eventfiles"),
     ("flow", "stateschema", "ofrules", "eventlog", "eventread", "eventverify", "eventview"),
     ("frame", "hostderive", "statederive", "flownames", "flowwrites"),
@@ -33,12 +33,13 @@ RANKS = (
     ("watch", "wording"),
     ("status",),
     ("core",),
+    ("upkeep",),
     ("hub", "wire", "unixsocket"),
-    ("asking",),
+    ("asking", "api_socket"),
     ("api",),
     ("link", "listen", "ovsdb", "control"),
     ("shell",),
-    ("terminal",),
+    ("terminal", "storeoptions"),
     ("agent",),
     ("lab",),
     ("apicli", "checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli", "storecli"),
@@ -60,6 +61,8 @@ APART = {
     "problems": set(),
     "records": {"model"},
     "store": {"model", "problems", "records"},
+    "realized": {"records"},
+    "desired": {"problems", "records", "statefile"},
     "fields": {"model"},
     "flow": {"fields", "model"},
     "flownames": {"fields", "flow"},
@@ -71,11 +74,9 @@ APART = {
     "statederive": {"model", "hostmodel", "hostderive", "notes", "problems", "statetext", "stateschema", "ofrules"},
     "hostderive": {"model", "hostmodel", "notes", "stateschema"},
     "agent": {
-        *("asking", "desired", "eventfiles", "eventlog", "events", "hostmodel", "model", "problems", "records"),
-        *("statefile", "store"),
+        *("api_socket", "asking", "desired", "eventfiles", "eventlog", "events", "hostmodel", "model", "problems"),
+        *("records", "statefile", "store", "unixsocket", "vpnpool", "wgkeys"),
     },
-    "desired": {"problems", "records", "statefile"},
-    "records": {"model"},
     "ofrules": {"model", "problems", "ofparse"},
 }
 
