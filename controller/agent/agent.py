@@ -14,14 +14,16 @@ import os
 import re
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 from controller.agent.build import Made, Parts, build, health
+from controller.agent.checks import UP, Checks
 from controller.agent.files import write_atomically
 from controller.agent.gate import Controller
 from controller.agent.health import Health
+from controller.agent.identity import identity
 from controller.agent.lxc import Lxc
 from controller.agent.netlink import Nets
 from controller.agent.ovs import Ovsdb, choose_datapath
@@ -29,6 +31,7 @@ from controller.agent.process import Programs
 from controller.agent.reconciler import Done, Faults, Phase, Reconciler
 from controller.agent.resource import Failed
 from controller.agent.settings import Settings
+from controller.agent.sockets import Sockets
 from controller.agent.teardown import leftovers
 from controller.agent.telling import Limiter
 from controller.agent.vpn import Clients
@@ -36,6 +39,8 @@ from controller.desired import Desired, Stamp, stamp
 from controller.eventlog import EventLog
 from controller.events import Event, Kind
 from controller.problems import BulkheadError, InvalidInput
+from controller.records import ClientRecord
+from controller.records import key as key_of
 from controller.statefile import Loaded
 from controller.store import Store, Tls
 
@@ -71,6 +76,12 @@ class Agent:
         self.programs = Programs(settings.own_dir / "programs")
         self.lxc = Lxc(settings.state_dir / "lxc", settings.own_dir / "lxc")
         self._clients: Clients | None = None
+        self._health: Mapping[str, str] = {}
+        self._clients_seen: tuple[object, ...] = ()
+        self._client_keys: frozenset[str] = frozenset()
+        self._checks = Checks(lambda: self._loaded.host.checks, self._healthy)
+        asker = identity(settings.api_user)
+        self._sockets = Sockets(settings.run_dir, lambda: self._loaded.host.api, asker, self._trouble)
         self._probes: list[asyncio.Future[None]] = []
         self.stop = asyncio.Event()
 
@@ -88,7 +99,13 @@ class Agent:
         await self._want()
         tasks: list[asyncio.Future[None]] = [
             asyncio.ensure_future(job)
-            for job in (self.reconciler.run(self.stop), self._follow_file(reload), self._publish())
+            for job in (
+                self.reconciler.run(self.stop),
+                self._follow_file(reload),
+                self._publish(),
+                self._checks.run(),
+                self._sockets.run(),
+            )
         ]
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         self.stop.set()
@@ -137,7 +154,15 @@ class Agent:
         else:
             return
         parts = Parts(
-            self._settings, self.nets, self.ovsdb, self.controller, self.programs, self.lxc, datapath, self._made
+            self._settings,
+            self.nets,
+            self.ovsdb,
+            self.controller,
+            self.programs,
+            self.lxc,
+            datapath,
+            self._made,
+            self._client_records,
         )
         loaded, revision = self._loaded, self._desired.records.revision
         built = build(loaded.state, loaded.host, parts)
@@ -166,14 +191,12 @@ class Agent:
                 await asyncio.sleep(AGAIN_S)
 
     def _follower(self, reload: asyncio.Event) -> Callable[[], Awaitable[None]]:
-        secrets, clients = self._secrets(), self._clients.stamp if self._clients is not None else ()
+        secrets = self._secrets()
 
         async def look() -> None:
-            nonlocal secrets, clients
+            nonlocal secrets
             self.programs.bound_logs()
-            if self._clients is not None and clients != (now_clients := self._clients.stamp):
-                clients = now_clients
-                self.reconciler.touch("wireguard/")
+            self._look_at_clients()
             now_secrets = self._secrets()
             if secrets != now_secrets or self._wanted is not self._loaded:
                 if secrets != now_secrets:
@@ -183,6 +206,15 @@ class Agent:
             await self._reload(reload)
 
         return look
+
+    def _client_records(self) -> tuple[ClientRecord, ...]:
+        return tuple(one for one in self._desired.records.clients if one.node == self._settings.node)
+
+    def _look_at_clients(self) -> None:
+        """Have the VPN's server know its clients as they are now, if they are others than before."""
+        if self._clients is not None and self._clients_seen != (now := self._clients.stamp):
+            self._clients_seen = now
+            self.reconciler.touch("wireguard/")
 
     def _secrets(self) -> list[Stamp | None]:
         """Stamps of the files that the state file names: another configuration means other addresses and rules."""
@@ -209,6 +241,7 @@ class Agent:
             )
             return
         before, self._loaded = self._loaded, self._desired.loaded
+        self._look_at_clients()  # before anybody is told that they are taken up
         if (before.state, before.host) == (self._loaded.state, self._loaded.host):
             self._wanted, self._revision = self._loaded, self._desired.records.revision
             self.reconciler.changes += 1
@@ -231,6 +264,16 @@ class Agent:
             self._tell(Kind.TUNNEL_UP, f"the tunnel of {network} carries traffic", network=network)
         else:
             self._tell(Kind.TUNNEL_DOWN, f"the tunnel of {network} carries no traffic: {why}", network=network)
+
+    def _healthy(self, health: Mapping[str, str]) -> None:
+        """Services answer, or do not, otherwise than before."""
+        for name, found in health.items():
+            before = self._health.get(name, "")
+            if found.startswith(UP) != before.startswith(UP) or not before:
+                kind = Kind.SERVICE_UP if found == UP else Kind.SERVICE_DOWN
+                self._tell(kind, f"service {name} is {found}", f"service/{name}")
+        self._health = health
+        self.reconciler.changes += 1
 
     def _trouble(self, key: str, why: str) -> None:
         self._tell(Kind.HOST_ERROR, f"{key}: {why}", key)
@@ -269,7 +312,9 @@ class Agent:
         if self._store is not None and self._wanted is not None:
             waiting = {name: f"refused: {problem}" for name, problem in self._wanted.refused}
             waiting |= self._unready()
-            self._store.publish(self._settings.node, agent_revision=self._revision, agent_waiting=waiting)
+            self._store.publish(
+                self._settings.node, agent_revision=self._revision, agent_waiting=waiting, health=self._health
+            )
 
     def _unready(self) -> dict[str, str]:
         """Containers that are not as wanted yet, and those that are not gone yet, each with the reason."""
@@ -282,7 +327,20 @@ class Agent:
         for key, one in status.items():
             if one.phase is not Phase.DONE and (found := _CONTAINER.fullmatch(key)) is not None:
                 out.setdefault(f"container/{found[1]}", f"it is not gone yet: {one.why}")
-        return out
+        return out | self._unready_clients()
+
+    def _unready_clients(self) -> dict[str, str]:
+        """The same of clients of the VPN's server."""
+        vpn, now = self._loaded.host.vpn, frozenset(key_of(one) for one in self._client_records())
+        if vpn is None:
+            return dict.fromkeys(
+                now, "refused: the state file has no VPN server; declare one under wireguard.vpn_server"
+            )
+        tunnel = self.reconciler.status.get(f"wireguard/{vpn.tunnel.interface}")
+        if tunnel is None or tunnel.phase is Phase.DONE:
+            self._client_keys = now
+            return {}
+        return dict.fromkeys(now | self._client_keys, tunnel.why)
 
     def describe(self) -> dict[str, Any]:
         """Everything `bulkhead status` shows of the host."""
@@ -291,6 +349,7 @@ class Agent:
             "state": self._loaded.state.digest,
             "state_file": str(self._settings.state_file),
             "settled": bool(self.reconciler.status) and self.reconciler.settled,
+            "services": dict(self._health),
             "resources": [
                 {"key": key, "phase": str(status.phase), "why": status.why, "healed": status.healed}
                 | ({"retry_in_s": round(status.pause_s, 2)} if status.phase is not Phase.DONE else {})

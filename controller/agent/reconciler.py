@@ -134,6 +134,9 @@ class Reconciler:
         for key, status in self.status.items():
             if key.startswith(prefix):
                 status.due, status.was_done = 0.0, False
+                if status.phase is Phase.DONE:
+                    status.phase, status.why = Phase.PENDING, "something else is wanted of it"
+                self.changes += 1
         self._wake.set()
 
     @property

@@ -138,7 +138,7 @@ class View:
         found = realized(
             self.records.node(self.node), 0, (f"container/{member.id}", f"network/{network.name}")
         )
-        checks = {check.service: check.check for check in getattr(self._declared.host, "checks", ()) if check.container_id == member.id}  # fmt: skip
+        checks = {one.service: one.check for one in self._declared.host.checks if one.container_id == member.id}
         return models.Container(
             id=member.id,
             name=member.name,
@@ -160,10 +160,6 @@ class View:
             created_at=None,
             revision=0,
         )
-
-    def _checks(self, container: str) -> dict[str, str]:
-        found: tuple[Any, ...] = getattr(self._declared.host, "checks", ())
-        return {one.service: one.check for one in found if one.container_id == container}
 
     def _stored_one(self, record: ContainerRecord) -> models.Container:
         keys = (key(record), f"network/{record.network}")
