@@ -32,8 +32,8 @@ from controller.pipeline import table_name
 from controller.problems import BulkheadError
 from controller.proofcli import COMMANDS as PROOF_COMMANDS
 from controller.statefile import load
-from controller.storeoptions import StoreOptions, store_options
 from controller.storecli import store
+from controller.storeoptions import StoreOptions, store_options
 from controller.terminal import (
     NO,
     UNKNOWN,
