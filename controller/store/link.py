@@ -111,8 +111,10 @@ class Link:
 
     # the copy
 
-    def _heard(self, updates: dict[str, Any], whole: bool) -> None:
+    def _heard(self, updates: dict[str, Any], whole: bool) -> bool:
         if whole:
+            if self._behind(updates):
+                return False
             self._rows = {table: {} for table in rows.tables()}
             self._service_of.clear()
             self._keys.clear()
@@ -141,6 +143,15 @@ class Link:
             row = self._rows["Bulkhead"].get(uuid)
             self.root = uuid if row is not None else None
             self.snapshot.put_revision(row["revision"] if row is not None else 0)
+        return True
+
+    def _behind(self, updates: Mapping[str, Any]) -> bool:
+        """Whether this server of a cluster does not know yet what another one has told us."""
+        rows_now = updates.get("Bulkhead", {}).values()
+        revision = max((update["new"]["revision"] for update in rows_now), default=0)
+        same = bool(self.session.cluster) and self.session.cluster == self._cluster
+        self._cluster = self.session.cluster
+        return same and revision < self.snapshot.revision
 
     def _absorb(self, table: str, updates: Mapping[str, Any]) -> list[str]:
         """Take over the rows of a table; answers which."""

@@ -41,10 +41,6 @@ TABLE: Mapping[type[Record], str] = MappingProxyType(
 )
 TYPE: Mapping[str, type[Record]] = MappingProxyType({table: kind for kind, table in TABLE.items()})
 _TIMES = ("created_at", "expires_at", "requested_at", "decided_at")
-_TEXT = frozenset(
-    "id name network node address driver template created_by public_key preshared_key source target reason requested_by "
-    "decided_by digest kind object who state answer idempotency_key".split()
-)
 INDEXES: Mapping[str, Callable[[Any], tuple[tuple[str, ...], ...]]] = MappingProxyType(
     {
         "Container": lambda r: (("name", r.name.lower()), ("address", r.address)),
@@ -82,7 +78,8 @@ def normal(record: Record, revision: int) -> Record:
 
 
 def _check(record: Record) -> None:
-    texts = [(name, getattr(record, name)) for name in _TEXT if hasattr(record, name)]
+    values = [(field.name, getattr(record, field.name)) for field in fields(record)]
+    texts = [(name, value) for name, value in values if isinstance(value, str)]
     if isinstance(record, ContainerRecord):
         texts += [("command", word) for word in record.command]
         texts += [("services", text) for service in record.services for text in (service.name, service.check)]
