@@ -30,9 +30,9 @@ def authority(directory: Path, name: str) -> Tls:
     key, certificate = directory / f"{name}-key.pem", directory / f"{name}.pem"
     ca_key, ca = directory / f"{name}-ca-key.pem", directory / f"{name}-ca.pem"
     request = directory / f"{name}.csr"
-    elliptic = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", f"/CN={name}")
-    _openssl("req", "-x509", *elliptic, "-keyout", ca_key, "-out", ca, "-days", "2")
-    _openssl("req", *elliptic, "-keyout", key, "-out", request)
+    elliptic = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    _openssl("req", "-x509", *elliptic, "-subj", f"/CN={name} CA", "-keyout", ca_key, "-out", ca, "-days", "2")
+    _openssl("req", *elliptic, "-subj", f"/CN={name}", "-keyout", key, "-out", request)
     _openssl(
         "x509",
         "-req",
