@@ -73,8 +73,9 @@ def normal(record: Record, revision: int) -> Record:
             changes[field.name] = round(float(value), 3)
     if isinstance(record, TokenRecord):
         changes["scopes"] = tuple(scope for scope in Scope if scope in record.scopes)
+    record = replace(record, **changes)
     _check(record)
-    return replace(record, **changes)
+    return record
 
 
 def _check(record: Record) -> None:
@@ -88,6 +89,10 @@ def _check(record: Record) -> None:
             raise BulkheadError(
                 f"{key(record)}: {name} has a character that cannot be stored; leave zero bytes and half surrogates out"
             )
+    try:
+        json.dumps(encode(record))
+    except (TypeError, ValueError, AttributeError) as exc:
+        raise BulkheadError(f"{key(record)} has a value that cannot be stored ({type(exc).__name__})") from exc
 
 
 def encode(record: Record) -> Row:
@@ -160,7 +165,7 @@ def decode_node(row: Row) -> NodeRecord:
 def encode_node(columns: Mapping[str, Any]) -> Row:
     """Columns of a node's row; mappings of text become OVSDB's maps."""
     return {
-        name: ["map", [[clean(k), clean(v)] for k, v in value.items()]] if isinstance(value, Mapping) else value
+        name: ["map", [list(pair) for pair in value.items()]] if isinstance(value, Mapping) else value
         for name, value in columns.items()
     }
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import select
+import socket
 import threading
 import time
 import uuid
@@ -110,7 +110,9 @@ class Store:
         self._subscribers: list[Subscriber] = []
         self._ready = threading.Event()
         self._closing = False
-        self._wake_out, self._wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._wake_out, self._wake_in = socket.socketpair()
+        self._wake_out.setblocking(False)
+        self._wake_in.setblocking(False)
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
         self.records = Records()
         """The newest snapshot."""
@@ -146,6 +148,8 @@ class Store:
         """
         if threading.current_thread() is self._thread:
             raise BulkheadError("a subscriber of the store cannot change it; do that from another thread")
+        if self._closing:
+            raise Unavailable("the store was closed")
         job: _Job[T] = _Job(fn, time.monotonic() + timeout_s, above)
         self._jobs.append(job)
         self._wake()
@@ -166,17 +170,23 @@ class Store:
         self._wake()
         if self._thread.is_alive():
             self._thread.join(5)
+        self._wake_in.close()
 
     # the thread
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._wake_in, b"!")
+        with contextlib.suppress(OSError):  # full, so it wakes; or closed
+            self._wake_in.send(b"!")
 
     def _run(self) -> None:
         try:
             while not self._closing:
-                self._step()
+                try:
+                    self._step()
+                except Exception as exc:
+                    # A defect. Whatever was half done is asked for again, like after a lost connection.
+                    _LOG.exception("the store's thread")
+                    self._link.session.restart(f"internal error: {type(exc).__name__}")
                 self._wait()
         finally:
             self._closing = True
@@ -217,7 +227,7 @@ class Store:
             wait_s = 0.0
         poller.poll(wait_s * 1000)
         with contextlib.suppress(BlockingIOError):
-            os.read(self._wake_out, 4096)
+            self._wake_out.recv(4096)
 
     def _tell(self, records: Records) -> None:
         self.records = records
@@ -443,7 +453,8 @@ class Store:
 
 
 def _refused(kind: str, details: str) -> BulkheadError:
-    if kind == "constraint violation":
+    # The protocol has one error for every constraint; only its text says which.
+    if kind == "constraint violation" and "index" in details:
         return Clash(f"the store refuses the change: {details}")
     if kind in ("I/O error", "resources exhausted", "cluster error"):
         return Unavailable(f"the store could not write the change ({kind}: {details}); see to its disk, then try again")

@@ -143,6 +143,11 @@ class Session:
             return 0.02
         return max(0.0, (self._probed or self._since) + PROBE_S - now)
 
+    def restart(self, why: str) -> None:
+        """Give the connection up, and begin again."""
+        self._drop(why)
+        self._next_try = time.monotonic() + BACKOFF_S[0]
+
     def close(self) -> None:
         """End the connection, for good."""
         self._drop("closed")
@@ -306,7 +311,7 @@ class Session:
         if error is not None:
             self._drop(
                 f"the store at {self.remote} is of another version ({_details(error)}); "
-                "restart `bulkhead store serve` with this version"
+                "bring it to this one: bulkhead store convert"
             )
             return
         if not self._heard(result, True):

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from controller.problems import BulkheadError
 from controller.records import Records
 from controller.store import Link, Store, Tls, Unavailable
 from controller.store import server as serving
 from controller.store.server import Cluster
-from controller.storecli import cluster_status
+from controller.storecli import cluster_status, leave
 from tests.fakes.stores import Server, container, opened, wait_for
 from tests.store.test_store import allocate, put
 
@@ -234,8 +235,8 @@ def test_a_server_leaves_and_the_rest_goes_on(three: Three) -> None:
     with opened(*three.addresses, tls=three.tls) as store:
         store.change(put(container(1)))
         leader = three.leader()
-        serving.control(leader.places, "cluster/leave", "Bulkhead")
-        wait_for(lambda: "left" in str(three.status(leader)["status"]), 20)
+        done = CliRunner().invoke(leave, ["--run-dir", str(leader.places.run_dir)])
+        assert (done.exit_code, done.output) == (0, "left the cluster; stop the server now\n")
         leader.kill()
         store.change(put(container(2)), 20)
         assert len(store.records.containers) == 2

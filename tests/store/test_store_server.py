@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -45,8 +46,12 @@ class Host:
         self.server = subprocess.Popen(
             [*BULKHEAD, "store", "serve", *options], env=self.env, stderr=subprocess.PIPE, text=True
         )
-        wait_for(lambda: self.places.socket.exists() or (self.server and self.server.poll() is not None), 20)
+        wait_for(lambda: self._answers() or (self.server and self.server.poll() is not None), 20)
         assert self.server.poll() is None, self.server.stderr and self.server.stderr.read()
+
+    def _answers(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.places.socket)) == 0
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -76,13 +81,13 @@ def host(tmp_path: Path) -> Iterator[Host]:
 def test_a_store_is_served_saved_and_brought_back(host: Host, tmp_path: Path) -> None:
     assert host.run("status").returncode == 1
     host.serve()
-    database, socket = host.places.database, host.places.socket
+    database, path = host.places.database, host.places.socket
     assert (database.stat().st_mode & 0o777, database.parent.stat().st_mode & 0o777) == (0o600, 0o700)
-    assert (socket.stat().st_mode & 0o777, host.places.private.stat().st_mode & 0o777) == (0o660, 0o700)
+    assert (path.stat().st_mode & 0o777, host.places.private.stat().st_mode & 0o777) == (0o660, 0o700)
     again = host.run("serve")
     assert (again.returncode, "is served already" in again.stderr) == (2, True)
 
-    with opened(f"unix:{socket}") as store:
+    with opened(f"unix:{path}") as store:
         secret = ClientRecord("phone", "n1", "10.9.0.2", "pub", "top-secret")
         store.change(put(container(1), container(2), secret, TokenRecord("t", "ci", "digest-of-it")))
         status = host.json("status", "--json")
@@ -107,8 +112,16 @@ def test_a_store_is_served_saved_and_brought_back(host: Host, tmp_path: Path) ->
         assert store.records.clients[0].preshared_key == "top-secret"
         assert host.run("compact").returncode == 0
 
+    assert host.run("convert").returncode == 0
+    assert host.server is not None
+    host.server.kill()
+    host.server.wait()
+    assert path.exists()
+    host.serve()
+    with opened(f"unix:{path}") as store:
+        assert store.records.revision == 3
     host.end()
-    assert not socket.exists()
+    assert not path.exists()
     database.unlink()
     host.serve()
     # A new store: its revision goes on after the one that was saved, or followers would take it for an old one.
