@@ -20,7 +20,7 @@ from controller.store import server as serving
 from controller.store.server import Cluster
 from controller.storecli import cluster_status, leave
 from tests.fakes.stores import Server, container, opened, wait_for
-from tests.store.test_store import allocate, put
+from tests.store.test_store import allocate, follow_in_eventlet, put
 
 pytestmark = pytest.mark.slow
 WITHIN_S = 5.0
@@ -214,6 +214,17 @@ def test_without_a_majority_nothing_is_written_and_that_is_said(three: Three) ->
             server.start()
         store.change(put(container(3)), 20)
         assert {"1", "3"} <= {record.id for record in store.records.containers}
+
+
+def test_a_link_works_in_eventlets_loop_with_tls(tmp_path: Path) -> None:
+    tls = authority(tmp_path, "bulkhead")
+    address = f"ssl:127.0.0.1:{free_ports(1)[0]}"
+    server = Server(tmp_path, [address], tls).start()
+    try:
+        with opened(address, tls=tls) as store:
+            follow_in_eventlet(address, store, tls)
+    finally:
+        server.kill()
 
 
 def test_who_has_no_certificate_of_ours_is_not_let_in(three: Three, tmp_path: Path) -> None:
