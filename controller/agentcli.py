@@ -166,7 +166,8 @@ def up(
     if no_store and store.addresses:
         raise BulkheadError("--no-store and --store contradict each other; leave one of them out")
     loaded = load(file)
-    if not no_store and not store.addresses:
+    own_store = not no_store and not store.addresses
+    if own_store:
         store = replace(store, addresses=(f"unix:{run_dir.absolute() / SOCKET}",))
     settings = _settings(file, run_dir, state_dir, ovsdb, controller, store)
     if (other := holder(settings)) is not None:
@@ -175,7 +176,7 @@ def up(
     with only_one(settings, UP_LOCK):
         if api is not None:
             _prepare(settings, events_dir, api, loaded.host.api)
-        kept = _processes(settings, store, events_dir.absolute(), api, api_port, verbose=verbose)
+        kept = _processes(settings, store, events_dir.absolute(), api, api_port, own_store=own_store, verbose=verbose)
         Keeper(kept, lambda text: say(f"bulkhead: {text}")).run()
 
 
@@ -190,7 +191,14 @@ def _prepare(settings: Settings, events_dir: Path, who: Identity, api: Api) -> N
 
 
 def _processes(
-    settings: Settings, store: StoreOptions, events_dir: Path, api: Identity | None, api_port: int, *, verbose: bool
+    settings: Settings,
+    store: StoreOptions,
+    events_dir: Path,
+    api: Identity | None,
+    api_port: int,
+    *,
+    own_store: bool,
+    verbose: bool,
 ) -> list[Kept]:
     """In the order in which they are started."""
     from controller.agent.keeper import Kept
@@ -203,7 +211,7 @@ def _processes(
     group = api.gid if api is not None else None
     user = ["--api-user", str(api.uid)] if api is not None else []
     out = []
-    if store.addresses == (f"unix:{own}",):
+    if own_store:
         command = (*again, "store", "serve", *run, *state)
         out.append(Kept("store", command, group=group, ready=own, reads_again=False))
     words = ["--listen", settings.controller, *common, *events]

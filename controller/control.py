@@ -62,7 +62,7 @@ class ControlSocket:
             question = json.loads(line)
             if not isinstance(question, dict):
                 raise ValueError("not an object")
-            if question.get("ask") not in FOR_THE_GROUP and not _is_owner(sock):
+            if not _is_owner(sock) and str(question.get("ask")) not in FOR_THE_GROUP:
                 _send(sock, {"error": "only the controller's own user and root may ask that; ask as one of them"})
                 return
         except (OSError, ValueError, RecursionError) as exc:
