@@ -18,7 +18,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from controller import agentcli, eventview
+from controller import agentcli, apicli, eventview
 from controller.asking import ask
 from controller.checkcli import check
 from controller.compile import BridgeCompiler, Compiled, Names, planned_ports
@@ -65,6 +65,7 @@ main.add_command(verify_host)
 main.add_command(firewall)
 main.add_command(vpn)
 main.add_command(store)
+main.add_command(apicli.api)
 for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS):
     main.add_command(command)
 

@@ -27,15 +27,15 @@ def stamp(path: Path) -> Stamp | None:
 class Desired:
     """The state of `node`. Raises `InvalidInput` if the file is not good to begin with.
 
-    `loaded` is what it should be, and `records` what the store held then.
+    `source` is the file by itself, `loaded` what the node should be, and `records` what the store held then.
     """
 
     def __init__(self, path: Path, node: str, records: Records | None = None) -> None:
         self.path, self.node = path, node
         self._seen = self._before = stamp(path)  # before it is read: what changes meanwhile is read again
-        self._source: Source = read(path)
+        self.source: Source = read(path)
         self.records = records or Records()
-        self.loaded: Loaded = self._source.with_records(self.records, node)
+        self.loaded: Loaded = self.source.with_records(self.records, node)
 
     def look(self, records: Records | None = None, *, again: bool = False) -> bool:
         """Whether something else is desired now. `records` are the store's newest, if they are new.
@@ -48,7 +48,7 @@ class Desired:
             self.records = records
         elif not self._news_of_file(again):
             return False
-        self.loaded = self._source.with_records(self.records, self.node)
+        self.loaded = self.source.with_records(self.records, self.node)
         return True
 
     def leave_out(self) -> None:
@@ -62,9 +62,9 @@ class Desired:
             return False
         self._seen = now
         source = read(self.path)
-        if self._source.state.networks and not source.state.networks:
+        if self.source.state.networks and not source.state.networks:
             fix = "Everything would be shut or taken away. Mend the file; to give all of it up: bulkhead down FILE."
             problem = error("no-network", "networks", "no network", "the networks that are in force", fix)
             raise InvalidInput(source.name, (problem,))
-        self._source = source
+        self.source = source
         return True
