@@ -60,8 +60,8 @@ def test_all_of_it_comes_up_works_and_goes(host: UpHost) -> None:
     host.until(host.answers, 15, "answering")
     assert host.machine.run("stat", "-c", "%u", f"/proc/{host.process('api')}").strip() == str(NUMBER)
     # A container, with a service that is looked at.
-    body = {"name": "relay", "network": "privacy", "command": ["busybox", "nc", "-lk", "-p", "8080", "-e", "true"],
-            "services": [{"name": "www", "protocol": "tcp", "port": 8080, "check": "tcp"}]}  # fmt: skip
+    body = {"name": "relay", "network": "privacy", "command": ["/usr/bin/python3", "-m", "http.server", "8080"],
+            "services": [{"name": "www", "protocol": "tcp", "port": 8080, "check": "http:/"}]}  # fmt: skip
     made = host.api("containers/create", body)
     assert made["state"] == "ready", made
     host.until(lambda: host.reaches("102", made["address"]), 5, "reachable")
