@@ -135,9 +135,7 @@ class View:
     def _declared_one(self, network: Network, member: Member) -> models.Container:
         host = next((one for one in self._declared.host.containers if one.id == member.id), None)
         running = host.running if host is not None else True
-        found = realized(
-            self.records.node(self.node), 0, (f"container/{member.id}", f"network/{network.name}")
-        )
+        found = realized(self.records.node(self.node), 0, (f"container/{member.id}", f"network/{network.name}"))
         checks = {one.service: one.check for one in self._declared.host.checks if one.container_id == member.id}
         return models.Container(
             id=member.id,
