@@ -33,6 +33,7 @@ from controller.problems import BulkheadError
 from controller.proofcli import COMMANDS as PROOF_COMMANDS
 from controller.statefile import load
 from controller.storeoptions import StoreOptions, store_options
+from controller.storecli import store
 from controller.terminal import (
     NO,
     UNKNOWN,
@@ -63,6 +64,7 @@ main.add_command(lab)
 main.add_command(verify_host)
 main.add_command(firewall)
 main.add_command(vpn)
+main.add_command(store)
 main.add_command(apicli.api)
 for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS):
     main.add_command(command)
