@@ -13,6 +13,7 @@ import signal
 import socket
 import ssl
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from email.utils import formatdate
 from pathlib import Path
@@ -28,9 +29,11 @@ from controller.api import access
 from controller.api.access import Peer
 from controller.api.app import Api
 from controller.api.audit import Audit
+from controller.api.listener import Listener
 from controller.api.problem import MEDIA_TYPE, ApiProblem
 from controller.api.settings import GROUP, Limits, Settings
 from controller.api.view import View
+from controller.api_socket import Listening
 from controller.events import Event, Kind
 from controller.problems import BulkheadError
 from controller.records import Records
@@ -40,6 +43,9 @@ LOG = logging.getLogger("bulkhead.api")
 BACKLOG = 1024
 STOP_S = 3.0
 HANDSHAKE_S = 10.0
+LOOK_S = 0.25
+"""So often the state file is looked at, and everything else every ROUNDS times."""
+ROUNDS = 4
 
 
 class Connection(HttpToolsProtocol):
@@ -51,6 +57,7 @@ class Connection(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._in_head = False
+        self._wrong: ApiProblem | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Find out who it is, once: what the kernel knows of a socket ends with it."""
@@ -76,8 +83,7 @@ class Connection(HttpToolsProtocol):
             return
         super().data_received(data)
         if self._in_head and self._head_bytes > self._limits.header_bytes:
-            detail = f"Headers have at most {self._limits.header_bytes} bytes; send less."
-            self._refuse(ApiProblem("headers-too-large", detail))
+            self._refuse(self._too_large())
 
     def on_message_begin(self) -> None:
         """Headers begin."""
@@ -90,17 +96,25 @@ class Connection(HttpToolsProtocol):
         """A path is not longer than headers may be."""
         super().on_url(url)
         if len(self.url) > self._limits.header_bytes:
+            self._wrong = self._too_large()
             raise httptools.HttpParserError("the path is too long")
 
     def on_headers_complete(self) -> None:
         """Headers are over."""
         self._in_head = False
         self._forget_head()
+        if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > self._limits.header_bytes:
+            self._wrong = self._too_large()
+            raise httptools.HttpParserError("the headers are too large")
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
         """What cannot be read as HTTP."""
-        self._refuse(ApiProblem("bad-request", f"{msg} Send HTTP/1.1."))
+        self._refuse(self._wrong or ApiProblem("bad-request", f"{msg} Send HTTP/1.1."))
+
+    def _too_large(self) -> ApiProblem:
+        detail = f"Path and headers have at most {self._limits.header_bytes} bytes; send less."
+        return ApiProblem("headers-too-large", detail)
 
     def _expect_head(self) -> None:
         self._head_bytes = 0
@@ -275,8 +289,17 @@ class Process:
             where.append(f"127.0.0.1:{settings.port}")
         text = f"The API of {settings.node} answers on {', '.join(where)}."
         audit.write(Event(Kind.API_STARTED, text, data={"pid": os.getpid(), "listen": where}))
+
+        async def opened(found: Listening, tls: ssl.SSLContext, names: frozenset[str]) -> Callable[[], None]:
+            served = await server.listen(found.sock, tls)
+            api.guard.hosts = names
+            text = f"The API answers on {found.address}:{found.port} in its container, to tokens alone."
+            audit.write(Event(Kind.API_STARTED, text, data={"listen": [f"{found.address}:{found.port}"]}))
+            return lambda: server.forget(served)
+
+        listener = Listener(settings, api.view, opened)
         try:
-            await self._every_second(api, server, audit)
+            await self._every_second(api, server, audit, listener)
         finally:
             settings.socket.unlink(missing_ok=True)
             await server.close()
@@ -290,19 +313,20 @@ class Process:
         api.view.follow(records)
         api.operations.told()
 
-    async def _every_second(self, api: Api, server: Server, audit: Audit) -> None:
+    async def _every_second(self, api: Api, server: Server, audit: Audit, listener: Listener) -> None:
         rounds = 0
         while not self._stop.is_set():
             again, self._reread = self._reread, False
             api.view.look(again=again)
-            server.tick()
-            audit.tick()
-            api.operations.resume()
-            if rounds % 60 == 0:
+            if rounds % ROUNDS == 0:
+                server.tick()
+                audit.tick()
+                api.operations.resume()
                 await api.housekeeping()
+                await listener.look()
             rounds += 1
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), 1.0)
+                await asyncio.wait_for(self._stop.wait(), LOOK_S)
 
 
 def _soon(loop: asyncio.AbstractEventLoop, function: Any, *args: Any) -> None:
