@@ -22,10 +22,13 @@ from controller import agentcli, eventview
 from controller.asking import ask
 from controller.checkcli import check
 from controller.compile import BridgeCompiler, Compiled, Names, planned_ports
+from controller.completioncli import completion
+from controller.containercli import COMMANDS as CONTAINER_COMMANDS
 from controller.eventread import Filter, follow, last_seq, read
 from controller.events import Kind, Record, encode
 from controller.eventverify import verify
 from controller.firewallcli import firewall
+from controller.grantcli import grant
 from controller.hostcli import verify as verify_host
 from controller.model import BridgeKind, DesiredState
 from controller.pipeline import table_name
@@ -45,6 +48,7 @@ from controller.terminal import (
     run_dir_option,
     say,
 )
+from controller.tokencli import token
 from controller.verify.gate import try_proof
 from controller.vpncli import vpn
 from lab.cli import lab
@@ -62,7 +66,8 @@ main.add_command(lab)
 main.add_command(verify_host)
 main.add_command(firewall)
 main.add_command(vpn)
-for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS):
+main.add_command(completion)
+for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS, *CONTAINER_COMMANDS, grant, token):
     main.add_command(command)
 
 

@@ -32,13 +32,15 @@ RANKS = (
     ("status",),
     ("core",),
     ("hub", "wire", "unixsocket"),
-    ("asking",),
+    ("asking", "client"),
     ("link", "listen", "ovsdb", "control"),
     ("shell",),
     ("terminal",),
+    ("apiterm",),
     ("agent",),
     ("lab",),
     ("checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli"),
+    ("containercli", "grantcli", "tokencli", "completioncli"),
     ("cli",),
     ("__main__",),
 )
@@ -67,6 +69,8 @@ APART = {
     "hostderive": {"model", "hostmodel", "notes", "stateschema"},
     "agent": {"asking", "eventfiles", "eventlog", "events", "hostmodel", "model", "problems", "statefile"},
     "ofrules": {"model", "problems", "ofparse"},
+    "client": {"problems"},
+    "apiterm": {"client", "problems", "terminal"},
 }
 
 
