@@ -30,6 +30,7 @@ from controller.eventverify import verify
 from controller.firewallcli import firewall
 from controller.grantcli import grant
 from controller.hostcli import verify as verify_host
+from controller.mcpcli import mcp
 from controller.model import BridgeKind, DesiredState
 from controller.pipeline import table_name
 from controller.problems import BulkheadError
@@ -67,7 +68,7 @@ main.add_command(verify_host)
 main.add_command(firewall)
 main.add_command(vpn)
 main.add_command(completion)
-for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS, *CONTAINER_COMMANDS, grant, token):
+for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS, *CONTAINER_COMMANDS, grant, token, mcp):
     main.add_command(command)
 
 

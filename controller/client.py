@@ -238,7 +238,7 @@ class Api:
                 broke = isinstance(exc, httpx.ReadError | httpx.WriteError | httpx.RemoteProtocolError)
                 again_until = again_until or (time.monotonic() + AGAIN_S if broke else 0.0)
                 if isinstance(exc, httpx.TimeoutException) or time.monotonic() > again_until:
-                    raise _no_api(self.where, exc, key) from exc
+                    raise no_api(self.where, exc, key) from exc
                 time.sleep(0.2)
 
     def events(self, after: str = "", **params: object) -> Iterator[tuple[str, str, str]]:
@@ -264,7 +264,7 @@ class Api:
                 failed_at = failed_at or time.monotonic()
                 first = isinstance(exc, httpx.ConnectError) and not after
                 if first or time.monotonic() - failed_at > AGAIN_S:
-                    raise _no_api(self.where, exc, "") from exc
+                    raise no_api(self.where, exc, "") from exc
             time.sleep(0.5)
 
 
@@ -332,7 +332,7 @@ def _pause(problem: ApiProblem, retry_after: str) -> float | None:
     return min(5.0, max(0.2, float(retry_after))) if retry_after.isdecimal() else 0.5
 
 
-def _no_api(where: Where, exc: Exception, key: str) -> NoApi:
+def no_api(where: Where, exc: Exception, key: str) -> NoApi:
     """Why there is no answer, and what to do."""
     import httpx
 
