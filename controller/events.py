@@ -57,6 +57,10 @@ class Kind(StrEnum):
     HOST_READY = "host_ready"
     TUNNEL_UP = "tunnel_up"
     TUNNEL_DOWN = "tunnel_down"
+    API_STARTED = "api_started"
+    API_STOPPED = "api_stopped"
+    API_CHANGE = "api_change"
+    API_DENIED = "api_denied"
     LOST = "lost"
     INTERNAL_ERROR = "internal_error"
 
@@ -84,6 +88,7 @@ _WARNINGS: Final = frozenset(
         Kind.HOST_HEALED,
         Kind.HOST_ERROR,
         Kind.TUNNEL_DOWN,
+        Kind.API_DENIED,
         Kind.LOST,
     }
 )

@@ -68,8 +68,10 @@ def with_resolver(notes: Notes, network: Network, spec: StateSpec) -> Network:
     return replace(network, members=(*network.members, member))
 
 
-def derive_host(notes: Notes, spec: StateSpec, networks: Sequence[Network]) -> HostState:
-    """What of the host the file asks for."""
+def derive_host(
+    notes: Notes, spec: StateSpec, networks: Sequence[Network], containers: Sequence[tuple[str, ContainerSpec]]
+) -> HostState:
+    """What of the host is asked for. `containers` are all of them, each with its path."""
     legs = tuple(_legs(notes, spec, networks))
     zones = tuple(_zones(notes, spec, networks))
     return HostState(
@@ -81,7 +83,7 @@ def derive_host(notes: Notes, spec: StateSpec, networks: Sequence[Network]) -> H
             for net in networks
             if net.mesh is not None
         ),
-        containers=tuple(_containers(notes, spec, networks, {zone.network: zone.address for zone in zones})),
+        containers=tuple(_containers(notes, containers, networks, {zone.network: zone.address for zone in zones})),
         vpn=_vpn(notes, spec, networks, zones),
         zones=zones,
         firewall=_firewall(notes, spec, networks),
@@ -158,8 +160,9 @@ def _mesh(notes: Notes, path: str, joined: NetmakerNetwork, network: Network) ->
     assert network.mesh is not None
     for index, peer in enumerate(joined.peers):
         for prefix in peer.allowed_ips:
-            if any(member.address in prefix for member in network.members) and prefix.length == 32:
-                fix = "That address is a container's here; a peer cannot have it too."
+            here = next((one for one in network.members if one.address in prefix and prefix.length == 32), None)
+            if here is not None:
+                fix = f"That address is here, with container {here.id}; a peer cannot have it too."
                 where = f"{path}.peers[{index}].allowed_ips"
                 notes.error("duplicate-address", where, str(prefix), "addresses of elsewhere", fix)
     joins = joined.server is not None and joined.token_file is not None
@@ -208,9 +211,12 @@ def _disjoint_peers(notes: Notes, path: str, peers: Sequence[PeerSpec]) -> None:
 
 
 def _containers(
-    notes: Notes, spec: StateSpec, networks: Sequence[Network], resolvers: dict[str, Ipv4]
+    notes: Notes,
+    containers: Sequence[tuple[str, ContainerSpec]],
+    networks: Sequence[Network],
+    resolvers: dict[str, Ipv4],
 ) -> Iterator[Container]:
-    specs = {one.id: (f"lxc.containers[{index}]", one) for index, one in enumerate(spec.lxc.containers)}
+    specs = {one.id: (path, one) for path, one in containers}
     for network in networks:
         resolver = resolvers.get(network.name)
         dns = (resolver,) if resolver is not None else ()

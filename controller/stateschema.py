@@ -12,7 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -539,6 +539,12 @@ def _first_problems(exc: ValidationError) -> tuple[Problem, ...]:
     )
     guesses = _Guesses()
     return (*(_problem(detail, guesses) for detail in details[:MAX_PROBLEMS]), rest)
+
+
+def first_problem(exc: ValidationError, where: str) -> Problem:
+    """What is wrong first with a part that is no file's; `where` names the part."""
+    found = _problem(exc.errors(include_url=False)[0], _Guesses())
+    return replace(found, path=f"{where}.{found.path}")
 
 
 # Parts that are understood one by one: one misshapen container does not hide what is wrong with the others.

@@ -13,7 +13,7 @@ PACKAGES = ("controller", "apps", "lab")
 
 # From the bottom up. A module may import what stands in lower ranks, and in its own.
 RANKS = (
-    ("problems", "model", "events", "notes", "hostmodel"),
+    ("problems", "model", "events", "notes", "hostmodel", "records"),
     ("fields", "ofparse", "statetext", "eventfiles"),
     ("flow", "stateschema", "ofrules", "eventlog", "eventread", "eventverify", "eventview"),
     ("frame", "hostderive", "statederive", "flownames", "flowwrites"),
@@ -21,6 +21,7 @@ RANKS = (
     ("flowactions",),
     ("flowtext",),
     ("pipeline", "statefile"),
+    ("desired",),
     ("apps",),
     ("compile", "diff", "codec", "packets"),
     ("verify",),
@@ -64,10 +65,15 @@ APART = {
     "flowmatch": {"fields", "flow", "flownames"},
     "flowactions": {"fields", "flow", "flownames", "flowmatch", "flowwrites"},
     "flowtext": {"problems", "flow", "flownames", "flowmatch", "flowactions", "flowwrites"},
-    "statefile": {"model", "hostmodel", "problems", "statetext", "stateschema", "statederive", "ofrules"},
+    "statefile": {"model", "hostmodel", "problems", "records", "statetext", "stateschema", "statederive", "ofrules"},
     "statederive": {"model", "hostmodel", "hostderive", "notes", "problems", "statetext", "stateschema", "ofrules"},
     "hostderive": {"model", "hostmodel", "notes", "stateschema"},
-    "agent": {"asking", "eventfiles", "eventlog", "events", "hostmodel", "model", "problems", "statefile"},
+    "agent": {
+        *("asking", "desired", "eventfiles", "eventlog", "events", "hostmodel", "model", "problems", "records"),
+        *("statefile", "store"),
+    },
+    "desired": {"problems", "records", "statefile"},
+    "records": {"model"},
     "ofrules": {"model", "problems", "ofparse"},
     "client": {"problems"},
     "apiterm": {"client", "problems", "terminal"},
