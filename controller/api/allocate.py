@@ -205,5 +205,3 @@ def _tried(declared: Declared, record: ContainerRecord) -> ContainerRecord:
     fault = fault_of(problem, field or path)
     kind = _PortTaken if problem.code in _TAKEN else ApiProblem
     raise kind("invalid", f"{fault.found}: expected {fault.expected}. {fault.fix}", [fault])
-
-

@@ -6,12 +6,12 @@ that the MCP request came with: who that is, and what they may, is found out in 
 
 from __future__ import annotations
 
-import anyio
-import httpx
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
+import anyio
+import httpx
 from mcp.server.mcpserver import Context
 from mcp.server.transport_security import TransportSecuritySettings
 from starlette.requests import Request
