@@ -32,7 +32,7 @@ def token() -> None:
     show_default=True,
     help="What it may do: look, change, approve. May be repeated.",
 )
-@click.option("--expires-in", "expires", metavar="TIME", help="30d, 12h (default: never).")
+@click.option("--expires-in", "expires", metavar="TIME", help="30d, 12h (default: 30d).")
 @click.option("--output", type=click.Path(path_type=Path), help="Write it to this new file, of mode 600.")
 @json_option
 @asks_api
@@ -57,8 +57,8 @@ def create(
     if as_json:
         print_json(made)
         return
-    until = f"until {moment(made['expires_at'])}" if made.get("expires_at") else "for ever"
-    say(f"token {made['id']} ({made['name']}) may {', '.join(made['scopes'])}, {until}")
+    may = ", ".join(made["scopes"])
+    say(f"token {made['id']} ({made['name']}) may {may}, until {moment(made['expires_at']) or 'it is revoked'}")
     if output is not None:
         say(f"it is in {output}; use it with --token-file")
         return

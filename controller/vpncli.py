@@ -75,7 +75,9 @@ def add(
         _add_to_files(file, name, dialled, qr, state_dir, as_json)
         return
     with use_api(where, as_json) as api:
-        made = api.post("/api/vpn/clients", {"name": name} | ({"endpoint": endpoint} if endpoint else {}))
+        made = api.post("/api/vpn/clients", {"name": name})
+    if dialled is not None:
+        made["config"] = re.sub(r"(?m)^Endpoint = .*$", f"Endpoint = {dialled}", made["config"])
     if as_json:
         print_json(made)
         return
@@ -110,7 +112,7 @@ def _add_to_files(
     text = configuration(client, private, server, dialled, server_key)
     taken = asyncio.run(_taken_over(server, client.public_key, there=True))
     if as_json:
-        print_json({"name": client.name, "address": str(client.address), "active": taken, "configuration": text})
+        print_json({"name": client.name, "address": str(client.address), "active": taken, "config": text})
         return
     if not taken:
         say("the VPN server does not know it yet; it will once the agent runs: bulkhead status")

@@ -6,18 +6,21 @@ API lets them do. Imports the API's models and the client.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Protocol
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
-from mcp_types import ToolAnnotations
-from pydantic import Field
+from mcp.server.mcpserver.tools import Tool
+from mcp.types import ToolAnnotations
+from pydantic import BaseModel, ConfigDict, Field
 
 from controller.api import models
 from controller.client import ANSWER_S, LATER_S, ApiProblem, NoApi, segment
 from controller.events import Kind
 
+F = TypeVar("F", bound=Callable[..., Any])
 NAME = "bulkhead"
 LONGEST_S = 300.0
 INSTRUCTIONS = """\
@@ -66,14 +69,40 @@ DESTROYS = ToolAnnotations(read_only_hint=False, destructive_hint=True, idempote
 
 def server(call: Caller, *, approving: bool = False) -> MCPServer[Any]:
     """An MCP server whose tools ask the API by `call`. `approving` offers approve_grant and deny_grant too."""
-    made: MCPServer[Any] = MCPServer(NAME, title="Bulkhead", instructions=INSTRUCTIONS, log_level="WARNING")
-    ask = _Asking(call)
-    _add_reading(made, ask)
-    _add_containers(made, ask)
-    _add_grants(made, ask)
+    ask, tools = _Asking(call), _Tools()
+    _add_reading(tools, ask)
+    _add_containers(tools, ask)
+    _add_grants(tools, ask)
     if approving:
-        _add_approving(made, ask)
-    return made
+        _add_approving(tools, ask)
+    return MCPServer(
+        NAME, title="Bulkhead", instructions=INSTRUCTIONS, version=version(NAME), tools=tools.made, log_level="WARNING"
+    )
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Tools:
+    """Makes tools of functions. Arguments that a tool does not have are refused, not passed over."""
+
+    def __init__(self) -> None:
+        self.made: list[Tool] = []
+
+    def tool(self, title: str, annotations: ToolAnnotations) -> Callable[[F], F]:
+        def register(function: F) -> F:
+            made = Tool.from_function(function, title=title, annotations=annotations)
+            loose = made.fn_metadata.arg_model
+            strict = type(
+                loose.__name__, (loose,), {"model_config": ConfigDict(extra="forbid"), "__module__": __name__}
+            )
+            made.fn_metadata.arg_model = strict
+            made.parameters = strict.model_json_schema(by_alias=True)
+            self.made.append(made)
+            return function
+
+        return register
 
 
 class _Asking:
@@ -100,28 +129,28 @@ class _Asking:
         return await self(ctx, method, path, params=params, body=body, answer_s=timeout_s + LATER_S)
 
 
-def _add_reading(made: MCPServer[Any], ask: _Asking) -> None:
-    @made.tool(title="Status", annotations=READS)
+def _add_reading(tools: _Tools, ask: _Asking) -> None:
+    @tools.tool("Status", READS)
     async def status(ctx: Context[Any, Any]) -> models.Status:
         """Whether the node, its controller, its agent and its bridges are as declared, and what is not."""
         return models.Status.model_validate(await ask.get(ctx, "/api/status"))
 
-    @made.tool(title="Networks", annotations=READS)
+    @tools.tool("Networks", READS)
     async def list_networks(ctx: Context[Any, Any]) -> models.Networks:
         """The networks: subnets, id ranges, how many ids and addresses are free, and how traffic leaves."""
         return models.Networks.model_validate(await ask.get(ctx, "/api/networks"))
 
-    @made.tool(title="Services", annotations=READS)
+    @tools.tool("Services", READS)
     async def list_services(ctx: Context[Any, Any], network: NetworkFilter = None) -> models.Services:
         """The services that containers offer: protocol, port, address, name in DNS, whether exposed, and health."""
         return models.Services.model_validate(await ask.get(ctx, "/api/services", network=network))
 
-    @made.tool(title="Reachability", annotations=READS)
+    @tools.tool("Reachability", READS)
     async def reachability(ctx: Context[Any, Any]) -> models.Reachability:
         """Who can reach whom, by which protocols and ports: proved from the flows that are desired, not measured."""
         return models.Reachability.model_validate(await ask.get(ctx, "/api/reachability"))
 
-    @made.tool(title="Why can A (not) reach B", annotations=READS)
+    @tools.tool("Why can A (not) reach B", READS)
     async def why(
         ctx: Context[Any, Any],
         source: EndpointRef,
@@ -133,7 +162,7 @@ def _add_reading(made: MCPServer[Any], ask: _Asking) -> None:
         params = {"source": source, "destination": destination, "protocol": protocol, "port": port}
         return models.Why.model_validate(await ask.get(ctx, "/api/why", **params))
 
-    @made.tool(title="Events", annotations=READS)
+    @tools.tool("Events", READS)
     async def list_events(
         ctx: Context[Any, Any],
         kind: Annotated[Kind | None, Field(description="Only of this kind.")] = None,
@@ -154,8 +183,8 @@ def _add_reading(made: MCPServer[Any], ask: _Asking) -> None:
         return models.Events.model_validate(await ask.get(ctx, "/api/events", **params))
 
 
-def _add_containers(made: MCPServer[Any], ask: _Asking) -> None:
-    @made.tool(title="Containers", annotations=READS)
+def _add_containers(tools: _Tools, ask: _Asking) -> None:
+    @tools.tool("Containers", READS)
     async def list_containers(
         ctx: Context[Any, Any],
         network: NetworkFilter = None,
@@ -164,12 +193,12 @@ def _add_containers(made: MCPServer[Any], ask: _Asking) -> None:
         """All containers with address, port, state and services, declared ones and those that were created."""
         return models.Containers.model_validate(await ask.get(ctx, "/api/containers", network=network, node=node))
 
-    @made.tool(title="Container", annotations=READS)
+    @tools.tool("Container", READS)
     async def get_container(ctx: Context[Any, Any], container: ContainerRef) -> models.Container:
         """One container: what it is, whether it runs, what it waits for, and the health of its services."""
         return models.Container.model_validate(await ask.get(ctx, f"/api/containers/{segment(container)}"))
 
-    @made.tool(title="Create a container", annotations=MAKES)
+    @tools.tool("Create a container", MAKES)
     async def create_container(
         ctx: Context[Any, Any],
         name: Annotated[models.Label, Field(description="Its name, unique among all.")],
@@ -197,7 +226,7 @@ def _add_containers(made: MCPServer[Any], ask: _Asking) -> None:
         found = await ask.change(ctx, "POST", "/api/containers/create", timeout_s, body)
         return models.Container.model_validate(found)
 
-    @made.tool(title="Delete a container", annotations=DESTROYS)
+    @tools.tool("Delete a container", DESTROYS)
     async def delete_container(
         ctx: Context[Any, Any], container: ContainerRef, timeout_s: Timeout = 30.0
     ) -> models.Container:
@@ -206,7 +235,7 @@ def _add_containers(made: MCPServer[Any], ask: _Asking) -> None:
         found = await ask.change(ctx, "DELETE", f"/api/containers/{segment(container)}", timeout_s)
         return models.Container.model_validate(found)
 
-    @made.tool(title="Start a container", annotations=SETS)
+    @tools.tool("Start a container", SETS)
     async def start_container(
         ctx: Context[Any, Any], container: ContainerRef, timeout_s: Timeout = 30.0
     ) -> models.Container:
@@ -214,7 +243,7 @@ def _add_containers(made: MCPServer[Any], ask: _Asking) -> None:
         found = await ask.change(ctx, "POST", f"/api/containers/{segment(container)}/start", timeout_s, {})
         return models.Container.model_validate(found)
 
-    @made.tool(title="Stop a container", annotations=DESTROYS)
+    @tools.tool("Stop a container", DESTROYS)
     async def stop_container(
         ctx: Context[Any, Any], container: ContainerRef, timeout_s: Timeout = 30.0
     ) -> models.Container:
@@ -223,13 +252,13 @@ def _add_containers(made: MCPServer[Any], ask: _Asking) -> None:
         return models.Container.model_validate(found)
 
 
-def _add_grants(made: MCPServer[Any], ask: _Asking) -> None:
-    @made.tool(title="Grants", annotations=READS)
+def _add_grants(tools: _Tools, ask: _Asking) -> None:
+    @tools.tool("Grants", READS)
     async def list_grants(ctx: Context[Any, Any]) -> models.Grants:
         """Permissions for flows across networks, with who asked, who decided, until when, and whether they are in force."""
         return models.Grants.model_validate(await ask.get(ctx, "/api/grants"))
 
-    @made.tool(title="Ask for a grant", annotations=MAKES)
+    @tools.tool("Ask for a grant", MAKES)
     async def request_grant(
         ctx: Context[Any, Any],
         source: Annotated[models.Ref, Field(description="The container that opens the connections: id or name.")],
@@ -247,21 +276,21 @@ def _add_grants(made: MCPServer[Any], ask: _Asking) -> None:
         }  # fmt: skip
         return models.Grant.model_validate(await ask(ctx, "POST", "/api/grants", body=body))
 
-    @made.tool(title="Revoke a grant", annotations=DESTROYS)
+    @tools.tool("Revoke a grant", DESTROYS)
     async def revoke_grant(ctx: Context[Any, Any], grant: GrantId, timeout_s: Timeout = 30.0) -> models.Grant:
         """Close a grant before its time, and wait until every connection that it let in is cut."""
         found = await ask.change(ctx, "POST", f"/api/grants/{segment(grant)}/revoke", timeout_s, {})
         return models.Grant.model_validate(found)
 
 
-def _add_approving(made: MCPServer[Any], ask: _Asking) -> None:
-    @made.tool(title="Approve a grant", annotations=DESTROYS)
+def _add_approving(tools: _Tools, ask: _Asking) -> None:
+    @tools.tool("Approve a grant", DESTROYS)
     async def approve_grant(ctx: Context[Any, Any], grant: GrantId, timeout_s: Timeout = 30.0) -> models.Grant:
         """Approve what somebody else has asked for, and wait until the flow is open. Only with a person's consent."""
         found = await ask.change(ctx, "POST", f"/api/grants/{segment(grant)}/approve", timeout_s, {})
         return models.Grant.model_validate(found)
 
-    @made.tool(title="Deny a grant", annotations=SETS)
+    @tools.tool("Deny a grant", SETS)
     async def deny_grant(ctx: Context[Any, Any], grant: GrantId) -> models.Grant:
         """Deny what somebody has asked for. It never opens."""
         return models.Grant.model_validate(await ask(ctx, "POST", f"/api/grants/{segment(grant)}/deny", body={}))

@@ -26,6 +26,17 @@ def where(directory: Path) -> Where:
     return Where(directory / "api.sock")
 
 
+def refusal(directory: Path, answer: Answer) -> Exception:
+    """What a question ends with that is answered so."""
+    with (
+        FakeApi(directory, lambda _: answer),
+        Api(where(directory)) as api,
+        pytest.raises((ApiProblem, NoApi)) as caught,
+    ):
+        api.get("/api/containers")
+    return caught.value
+
+
 def test_it_sends_parameters_that_are_given_and_reads_json(tmp_path: Path) -> None:
     with FakeApi(tmp_path, ok) as fake, Api(where(tmp_path)) as api:
         assert api.get("/api/containers", network="privacy", node=None) == {"containers": []}
@@ -49,34 +60,23 @@ def test_a_dead_socket_says_what_to_start(tmp_path: Path) -> None:
 
 def test_a_problem_keeps_what_was_found_and_what_to_do(tmp_path: Path) -> None:
     fault = {"field": "name", "found": "'a_b'", "expected": "letters, digits and -", "fix": "Write a-b"}
-    with FakeApi(tmp_path, lambda _: problem(422, "invalid", "The name is none.", fault)), Api(where(tmp_path)) as api:
-        with pytest.raises(ApiProblem) as caught:
-            api.post("/api/containers/create", {"name": "a_b"})
-    assert str(caught.value) == (
-        "The name is none.\n  name: found 'a_b'; expected letters, digits and -. Write a-b"
-    )
-    assert caught.value.code == "invalid" and caught.value.is_answer
+    found = refusal(tmp_path, problem(422, "invalid", "The name is none.", fault))
+    assert str(found) == "The name is none.\n  name: found 'a_b'; expected letters, digits and -. Write a-b"
+    assert isinstance(found, ApiProblem) and found.code == "invalid" and found.is_answer
 
 
 @pytest.mark.parametrize("status, answers", [(404, True), (409, True), (401, False), (403, False), (500, False)])
 def test_which_statuses_answer_the_question(tmp_path: Path, status: int, answers: bool) -> None:
-    with FakeApi(tmp_path, lambda _: problem(status, "x", "No.")), Api(where(tmp_path)) as api:
-        with pytest.raises(ApiProblem) as caught:
-            api.get("/api/containers/web")
-    assert caught.value.is_answer is answers
+    found = refusal(tmp_path, problem(status, "x", "No."))
+    assert isinstance(found, ApiProblem) and found.is_answer is answers
 
 
 def test_what_is_not_the_api_is_said_to_be_something_else(tmp_path: Path) -> None:
-    with FakeApi(tmp_path, lambda _: (200, b"<html>")), Api(where(tmp_path)) as api:
-        with pytest.raises(NoApi, match="not the API of Bulkhead"):
-            api.get("/api/containers")
+    assert "not the API of Bulkhead" in str(refusal(tmp_path, (200, b"<html>")))
 
 
 def test_text_of_the_api_cannot_move_the_cursor(tmp_path: Path) -> None:
-    with FakeApi(tmp_path, lambda _: problem(409, "x", "bad\x1b[2Jname")), Api(where(tmp_path)) as api:
-        with pytest.raises(ApiProblem) as caught:
-            api.get("/api/containers")
-    assert str(caught.value) == "bad\\x1b[2Jname"
+    assert str(refusal(tmp_path, problem(409, "x", "bad\x1b[2Jname"))) == "bad\\x1b[2Jname"
 
 
 def test_a_change_whose_connection_broke_is_sent_again_with_the_same_key(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def fingerprint(pem: Path) -> str:
 
 def test_a_certificate_is_checked_and_a_token_told_only_then(remote: FakeApi, certificate: tuple[Path, Path]) -> None:
     strange = Where(Path("/"), remote.url, token=TOKEN)
-    with Api(strange) as api, pytest.raises(NoApi, match="not trusted.*--ca FILE.*--fingerprint"):
+    with Api(strange) as api, pytest.raises(NoApi, match=r"not trusted.*--ca FILE.*--fingerprint"):
         api.get("/api/containers")
     assert remote.asked == []
     with Api(Where(Path("/"), remote.url, ca=certificate[1], token=TOKEN)) as api:
@@ -157,9 +157,7 @@ def test_a_certificate_is_checked_and_a_token_told_only_then(remote: FakeApi, ce
     assert remote.asked[0].headers["authorization"] == f"Bearer {TOKEN}"
 
 
-def test_a_pinned_certificate_is_enough_and_another_is_refused(
-    remote: FakeApi, certificate: tuple[Path, Path]
-) -> None:
+def test_a_pinned_certificate_is_enough_and_another_is_refused(remote: FakeApi, certificate: tuple[Path, Path]) -> None:
     right = ":".join(fingerprint(certificate[1])[at : at + 2] for at in range(0, 64, 2)).upper()
     with Api(Where(Path("/"), remote.url, fingerprint=right, token=TOKEN)) as api:
         assert api.get("/api/containers") == {"containers": []}
