@@ -1,12 +1,13 @@
 """The MCP server over its two transports: inside the API process at `/mcp`, and on standard input and output.
 
-Inside the API process a tool's request goes through the whole API again, as one of the connection and with the headers
-that the MCP request came with: who that is, and what they may, is found out in the one place that does so.
+Inside the API process a tool's request goes through the whole API again, in the name of whoever made the MCP request: what
+they may do is found out in the one place that does so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -16,23 +17,23 @@ from mcp.server.mcpserver import Context
 from mcp.server.transport_security import TransportSecuritySettings
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from controller.api.mcptools import server
 from controller.client import ANSWER_S, Where, answer, given, new_key, no_api
 
 BODY_BYTES = 64 * 1024
-_CARRIED = (b"authorization", b"host")
+BODY_S = 10.0
 
 
 class Endpoint:
     """An ASGI application for `/mcp` (streamable HTTP, no sessions). `run` has to surround its use.
 
-    `api` is the application that has all the API's routes and checks who asks.
+    `within` is the API as a principal sees it; the principal of a request is in `scope["state"]["principal"]`.
     """
 
-    def __init__(self, api: ASGIApp, *, approving: bool = False) -> None:
-        made = server(_Inside(api), approving=approving)
+    def __init__(self, within: Callable[[Any], ASGIApp], *, approving: bool = False) -> None:
+        made = server(_Inside(within), approving=approving)
         made.streamable_http_app(
             json_response=True,
             stateless_http=True,
@@ -51,14 +52,50 @@ class Endpoint:
         if scope["method"] != "POST":
             await Response(status_code=405, headers={"Allow": "POST"})(scope, receive, send)
             return
-        await self._manager.handle_request(scope, receive, send)
+        try:
+            async with asyncio.timeout(BODY_S):
+                body = await _body(receive)
+        except TimeoutError:
+            await Response(status_code=408, headers={"Connection": "close"})(scope, receive, send)
+            return
+        if body is not None:
+            await self._manager.handle_request(scope, _replayed(body, receive), send)
+        else:
+            await Response(status_code=413, headers={"Connection": "close"})(scope, receive, send)
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """All of a request's body; None where it is too long or its sender went away."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        body += message.get("body", b"")
+        if len(body) > BODY_BYTES:
+            return None
+        more = message.get("more_body", False)
+    return body
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    told = False
+
+    async def replay() -> Message:
+        nonlocal told
+        if told:
+            return await receive()
+        told = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
 
 
 class _Inside:
     """Asks the API inside its own process."""
 
-    def __init__(self, api: ASGIApp) -> None:
-        self._api = api
+    def __init__(self, within: Callable[[Any], ASGIApp]) -> None:
+        self._within = within
 
     async def __call__(
         self,
@@ -72,20 +109,11 @@ class _Inside:
     ) -> Any:
         request = ctx.request_context.request
         assert isinstance(request, Request)
-        outer = request.scope
-        headers = [(name, value) for name, value in outer["headers"] if name in _CARRIED]
-
-        async def as_caller(scope: Scope, receive: Receive, send: Send) -> None:
-            own = {k: scope[k] for k in ("method", "path", "raw_path", "query_string", "headers", "root_path")}
-            kept = {k: outer[k] for k in outer if k not in ("path_params", "endpoint", "route", "router", "app")}
-            await self._api({**kept, **own, "state": dict(outer.get("state", {}))}, receive, send)
-
-        transport = httpx.ASGITransport(as_caller, raise_app_exceptions=False)
+        transport = httpx.ASGITransport(self._within(request.state.principal), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost", trust_env=False) as http:
-            sent = http.build_request(method, path, params=given(params or {}), json=body, headers=_key(method))
-            del sent.headers["host"]
-            sent.headers = httpx.Headers(sent.headers.raw + headers)
-            return await _answered(http, sent)
+            return await _answered(
+                http, http.build_request(method, path, params=given(params or {}), json=body, headers=_key(method))
+            )
 
 
 def _key(method: str) -> dict[str, str]:

@@ -84,6 +84,10 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+def _strict(model: type[Any]) -> Any:
+    return create_model(model.__name__, __base__=(_Strict, model))
+
+
 class _Tools:
     """Makes tools of functions. Arguments that a tool does not have are refused, not passed over."""
 
