@@ -14,7 +14,7 @@ from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.server.mcpserver.tools import Tool
 from mcp.types import ToolAnnotations
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from controller.api import models
 from controller.client import ANSWER_S, LATER_S, ApiProblem, NoApi, segment
@@ -97,10 +97,7 @@ class _Tools:
     def tool(self, title: str, annotations: ToolAnnotations) -> Callable[[F], F]:
         def register(function: F) -> F:
             made = Tool.from_function(function, title=title, annotations=annotations)
-            loose = made.fn_metadata.arg_model
-            strict = type(
-                loose.__name__, (loose,), {"model_config": ConfigDict(extra="forbid"), "__module__": __name__}
-            )
+            strict = _strict(made.fn_metadata.arg_model)
             made.fn_metadata.arg_model = strict
             made.parameters = strict.model_json_schema(by_alias=True)
             self.made.append(made)
