@@ -148,9 +148,12 @@ def tell_begun(operation: dict[str, Any]) -> None:
 
 def may_go_on(question: str, yes: bool) -> bool:
     """Ask before something is lost; nobody is asked where there is no terminal."""
-    if yes or not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return True
-    return click.confirm(question, err=True)
+    return yes or not on_terminal() or click.confirm(question, err=True)
+
+
+def on_terminal() -> bool:
+    """Whether somebody can be asked."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def coloured(state: str) -> str:
