@@ -19,6 +19,7 @@ import click
 
 from controller.agent.settings import CONTROLLER, OVSDB, STATE_DIR, Settings
 from controller.problems import BulkheadError
+from controller.storeoptions import StoreOptions, store_options
 from controller.terminal import (
     NO,
     columns,
@@ -63,8 +64,25 @@ def _logging(verbose: bool) -> None:
     logging.getLogger("ovsdbapp").setLevel(logging.ERROR)
 
 
-def _settings(file: Path, run_dir: Path, state_dir: Path, ovsdb: str, controller: str = CONTROLLER) -> Settings:
-    return Settings(file.absolute(), run_dir.absolute(), state_dir.absolute(), ovsdb, controller)
+def _settings(
+    file: Path,
+    run_dir: Path,
+    state_dir: Path,
+    ovsdb: str,
+    controller: str = CONTROLLER,
+    store: StoreOptions | None = None,
+) -> Settings:
+    given = store or StoreOptions("")
+    return Settings(
+        file.absolute(),
+        run_dir.absolute(),
+        state_dir.absolute(),
+        ovsdb,
+        controller,
+        given.addresses,
+        given.files,
+        given.node,
+    )
 
 
 @click.command()
@@ -74,8 +92,11 @@ def _settings(file: Path, run_dir: Path, state_dir: Path, ovsdb: str, controller
 @ovsdb_option
 @controller_option
 @verbose_option
+@store_options
 @guarded
-def agent(file: Path, run_dir: Path, state_dir: Path, ovsdb: str, controller: str, verbose: bool) -> None:
+def agent(
+    file: Path, run_dir: Path, state_dir: Path, ovsdb: str, controller: str, verbose: bool, store: StoreOptions
+) -> None:
     """Make this host what a state FILE says, and keep it so, in the foreground. Root.
 
     SIGHUP (or a changed FILE) makes it read FILE again; SIGTERM stops it, and everything it has built stays.
@@ -83,7 +104,7 @@ def agent(file: Path, run_dir: Path, state_dir: Path, ovsdb: str, controller: st
     from controller.agent.agent import serve
 
     _logging(verbose)
-    serve(_settings(file, run_dir, state_dir, ovsdb, controller))
+    serve(_settings(file, run_dir, state_dir, ovsdb, controller, store))
 
 
 @click.command()
@@ -228,11 +249,13 @@ def _stop_agent(settings: Settings) -> None:
             time.sleep(0.05)
 
 
-def plan_host(file: Path, run_dir: Path, state_dir: Path, ovsdb: str) -> list[dict[str, str]]:
+def plan_host(
+    file: Path, run_dir: Path, state_dir: Path, ovsdb: str, store: StoreOptions | None = None
+) -> list[dict[str, str]]:
     """What the agent would do, as rows of key, sign, what, why; `sign` is `?` where it cannot be told."""
     from controller.agent.teardown import plan_all
 
-    return asyncio.run(plan_all(_settings(file, run_dir, state_dir, ovsdb)))
+    return asyncio.run(plan_all(_settings(file, run_dir, state_dir, ovsdb, store=store)))
 
 
 def print_plan(rows: list[dict[str, str]]) -> None:

@@ -18,7 +18,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from controller import agentcli, eventview
+from controller import agentcli, apicli, eventview
 from controller.asking import ask
 from controller.checkcli import check
 from controller.compile import BridgeCompiler, Compiled, Names, planned_ports
@@ -36,6 +36,7 @@ from controller.pipeline import table_name
 from controller.problems import BulkheadError
 from controller.proofcli import COMMANDS as PROOF_COMMANDS
 from controller.statefile import load
+from controller.storeoptions import StoreOptions, store_options
 from controller.terminal import (
     NO,
     UNKNOWN,
@@ -67,6 +68,7 @@ main.add_command(lab)
 main.add_command(verify_host)
 main.add_command(firewall)
 main.add_command(vpn)
+main.add_command(apicli.api)
 main.add_command(completion)
 for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS, *CONTAINER_COMMANDS, grant, token, mcp):
     main.add_command(command)
@@ -161,14 +163,15 @@ def _print_ofctl(compiled: Compiled, names: Names) -> None:
 @agentcli.state_dir_option
 @agentcli.ovsdb_option
 @json_option
+@store_options
 @guarded
-def plan(file: Path, run_dir: Path, state_dir: Path, ovsdb: str, as_json: bool) -> None:
+def plan(file: Path, run_dir: Path, state_dir: Path, ovsdb: str, as_json: bool, store: StoreOptions) -> None:
     """Show what a state FILE would change on this host and in its switches; exit 1 if anything. Changes nothing.
 
     The host's part needs root; the flows' part needs the running controller. What cannot be told is said.
     """
     try_proof(load(file).state)  # every problem, before asking
-    host, no_host = _planned_host(file, run_dir, state_dir, ovsdb)
+    host, no_host = _planned_host(file, run_dir, state_dir, ovsdb, store.or_local(run_dir))
     flows, no_flows = _planned_flows(file, run_dir)
     if as_json:
         print_json({"host": host, "bridges": flows} | ({"unknown": list(filter(None, (no_host, no_flows)))}))
@@ -185,11 +188,13 @@ def plan(file: Path, run_dir: Path, state_dir: Path, ovsdb: str, as_json: bool) 
         sys.exit(NO)
 
 
-def _planned_host(file: Path, run_dir: Path, state_dir: Path, ovsdb: str) -> tuple[list[dict[str, str]] | None, str]:
+def _planned_host(
+    file: Path, run_dir: Path, state_dir: Path, ovsdb: str, store: StoreOptions
+) -> tuple[list[dict[str, str]] | None, str]:
     if os.geteuid() != 0:
         return None, "the host's part of the plan needs root; run this with sudo"
     try:
-        return agentcli.plan_host(file, run_dir, state_dir, ovsdb), ""
+        return agentcli.plan_host(file, run_dir, state_dir, ovsdb, store), ""
     except BulkheadError as exc:
         return None, f"the host's part of the plan cannot be told: {exc}"
 
@@ -228,6 +233,7 @@ def _print_plan(bridge: dict[str, Any]) -> None:
 @click.option("-v", "--verbose", is_flag=True, help="Log every event to standard error too.")
 @run_dir_option
 @events_dir_option
+@store_options
 @guarded
 def controller(
     file: Path,
@@ -240,6 +246,7 @@ def controller(
     verbose: bool,
     run_dir: Path,
     events_dir: Path,
+    store: StoreOptions,
 ) -> None:
     """Run the OpenFlow controller for a state FILE, in the foreground.
 
@@ -256,7 +263,10 @@ def controller(
         raise BulkheadError("--private-key, --certificate and --ca-cert go together; give all three")
     tls = Tls(private_key, certificate, ca_cert) if private_key and certificate and ca_cert else None
     addresses = tuple(parse(text, tls) for text in listen)
-    shell.serve(shell.Settings(file, addresses, run_dir, events_dir, ovsdb or None, seal))
+    settings = shell.Settings(
+        file, addresses, run_dir, events_dir, ovsdb or None, seal, store.addresses, store.tls, store.node
+    )
+    shell.serve(settings)
 
 
 @main.command()

@@ -211,6 +211,17 @@ class Core:
         named = [switch for switch in self.switches.values() if switch.name == name]
         return next((switch for switch in named if switch.bridge is not None), named[0] if named else None)
 
+    def waiting(self) -> dict[str, str]:
+        """Networks whose bridges do not all hold the flows they should, each with the reason."""
+        out = {}
+        for bridge in self.state.bridges:
+            switch = self.by_name(bridge.name)
+            if switch is None or switch.bridge is None:
+                out[bridge.network] = f"bridge {bridge.name} is not connected"
+            elif switch.flows.phase is not Phase.STEADY:
+                out[bridge.network] = f"bridge {bridge.name} has not confirmed its flows yet"
+        return out
+
     def _switch_error(self, error: SwitchError, now: float) -> Effects:
         return [self.wording.log(Kind.OPENFLOW_ERROR, error.text, self.switches.get(error.dpid))]
 

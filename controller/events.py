@@ -61,6 +61,8 @@ class Kind(StrEnum):
     API_STOPPED = "api_stopped"
     API_CHANGE = "api_change"
     API_DENIED = "api_denied"
+    SERVICE_UP = "service_up"
+    SERVICE_DOWN = "service_down"
     LOST = "lost"
     INTERNAL_ERROR = "internal_error"
 
@@ -89,6 +91,7 @@ _WARNINGS: Final = frozenset(
         Kind.HOST_ERROR,
         Kind.TUNNEL_DOWN,
         Kind.API_DENIED,
+        Kind.SERVICE_DOWN,
         Kind.LOST,
     }
 )

@@ -75,7 +75,7 @@ def derive(
     _unique_services(notes, containers)
     _unique_datapath_ids(notes, spec)
     # Networks follow from everything but containers and flows; with a part of that missing, they would be wrong.
-    if checked.damaged - {"lxc", "openflow"}:
+    if checked.damaged - {"lxc", "openflow", "api"}:
         return DesiredState(), HostState(), notes.problems
     networks = _Derivation(spec, notes, containers, whole=not checked.damaged).networks()
     _unique_ports(notes, networks, containers)
@@ -90,7 +90,7 @@ def derive(
         judged = ofrules.judge(networks, flows)
         notes.problems += judged.problems
         networks = [replace(network, rules=judged.rules.get(network.name, ())) for network in networks]
-    host = derive_host(notes, spec, networks, containers)
+    host = derive_host(notes, spec, networks, containers, whole=not checked.damaged)
     return DesiredState(tuple(networks), tuple(bridges)), host, notes.problems
 
 

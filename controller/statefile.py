@@ -150,6 +150,7 @@ def _spec(record: ContainerRecord, length: int) -> ContainerSpec | Problem:
             "ipv4_address": f"{record.address}/{length}",
             "services": [
                 {"name": one.name, "protocol": one.protocol, "port": one.port, "exposed": one.exposed}
+                | ({"check": one.check} if one.check else {})
                 for one in record.services
             ],
         },

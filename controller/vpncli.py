@@ -22,6 +22,7 @@ from controller.hostmodel import Endpoint, VpnServer
 from controller.problems import BulkheadError
 from controller.statefile import load
 from controller.terminal import NO, columns, json_option, print_grid, print_json, say
+from controller.vpnpool import configuration
 
 if TYPE_CHECKING:
     from controller.agent.wireguard import PeerStatus
@@ -97,7 +98,7 @@ def _add_to_files(
     file: Path, name: str, endpoint: Endpoint | None, qr: bool | None, state_dir: Path, as_json: bool
 ) -> None:
     from controller.agent.keys import KeyStore
-    from controller.agent.vpn import Clients, Refused, configuration, server_public_key
+    from controller.agent.vpn import Clients, Refused, server_public_key
 
     server = _server(file)
     dialled = endpoint or server.endpoint
@@ -109,7 +110,7 @@ def _add_to_files(
     except Refused as exc:
         say(f"bulkhead: {exc}")
         sys.exit(NO)
-    text = configuration(client, private, server, dialled, server_key)
+    text = configuration(client.address, private, client.preshared_key, server, dialled, server_key)
     taken = asyncio.run(_taken_over(server, client.public_key, there=True))
     if as_json:
         print_json({"name": client.name, "address": str(client.address), "active": taken, "config": text})

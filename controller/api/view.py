@@ -1,6 +1,6 @@
 """What there is: the state file, the records on top of it, and how far the nodes are, as answers.
 
-Answers are kept encoded until something changes, so that reading costs next to nothing. Imports models, realized,
+Answers are kept encoded until something changes, so that reading costs next to nothing. Imports models,
 allocate, and what the state is made of.
 """
 
@@ -12,18 +12,18 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from controller.api import models, realized
+from controller.api import models
 from controller.api.allocate import Declared
 from controller.api.models import rfc3339
 from controller.api.problem import ApiProblem
-from controller.api.realized import Phase
 from controller.desired import Desired
 from controller.model import Ipv4, Mac, Member, Network
 from controller.problems import InvalidInput
+from controller.realized import Realized, realized
 from controller.records import ContainerRecord, GrantRecord, GrantState, Records, key
 from controller.statefile import Loaded
 
@@ -118,14 +118,25 @@ class View:
                 return self._declared_one(network, member)
         raise ApiProblem("not-found", f"There is no container {ref!r}. See which there are: GET /api/containers.")
 
+    def container_of(self, record: ContainerRecord) -> models.Container:
+        """A stored container as it goes out."""
+        return self._stored_one(record)
+
+    def container_by_key(self, name: str) -> models.Container:
+        """A stored container by its key. Raises `ApiProblem`."""
+        for record in self.records.containers:
+            if key(record) == name:
+                return self._stored_one(record)
+        raise ApiProblem("conflict", f"{name} was deleted by somebody else meanwhile. See GET /api/containers.")
+
     def _members(self) -> list[tuple[Network, Member]]:
         return [(network, member) for network in self._declared.state.networks for member in network.members]
 
     def _declared_one(self, network: Network, member: Member) -> models.Container:
-        host = {one.id: one for one in self._declared.host.containers}.get(member.id)
+        host = next((one for one in self._declared.host.containers if one.id == member.id), None)
         running = host.running if host is not None else True
-        verdict = realized.judge(self.records, f"container/{member.id}", self.node, 0)
-        checks = {check.service: check.check for check in getattr(self._declared.host, "checks", ()) if check.container_id == member.id}  # fmt: skip
+        found = realized(self.records.node(self.node), 0, (f"container/{member.id}", f"network/{network.name}"))
+        checks = {one.service: one.check for one in self._declared.host.checks if one.container_id == member.id}
         return models.Container(
             id=member.id,
             name=member.name,
@@ -136,8 +147,8 @@ class View:
             port=member.port,
             origin="declared",
             running=running,
-            state=_state(verdict.phase, running),
-            why=verdict.why,
+            state=_state(found, running),
+            why=found.why,
             services=[
                 self._service(self.node, member.id, s.name, s.protocol, s.port, s.exposed, checks.get(s.name, ""))
                 for s in member.services
@@ -149,8 +160,8 @@ class View:
         )
 
     def _stored_one(self, record: ContainerRecord) -> models.Container:
-        fresh = record.revision > 0
-        verdict = realized.judge(self.records, key(record), record.node, record.revision, fresh=fresh)
+        keys = (key(record), f"network/{record.network}")
+        found = realized(self.records.node(record.node), record.revision, keys)
         return models.Container(
             id=record.id,
             name=record.name,
@@ -161,8 +172,8 @@ class View:
             port=f"veth{record.id}",
             origin="stored",
             running=record.running,
-            state=_state(verdict.phase, record.running),
-            why=verdict.why,
+            state=_state(found, record.running),
+            why=found.why,
             services=[
                 self._service(record.node, record.id, s.name, s.protocol, s.port, s.exposed, s.check)
                 for s in record.services
@@ -224,7 +235,7 @@ class View:
         zone = next((zone for zone in self._declared.host.zones if zone.network == network.name), None)
         stored = [record for record in self.records.containers if record.network == network.name]
         low, high = network.ids
-        ids = {one.id for one in (*network.members, *stored)}
+        ids = {*(one.id for one in network.members), *(one.id for one in stored)}
         taken = {int(member.address) for member in network.members}
         taken |= {int(Ipv4.parse(record.address)) for record in stored}
         for prefix in self._declared.reserved(network):
@@ -255,7 +266,7 @@ class View:
         state = record.state
         if state is GrantState.APPROVED and not record.open_at(now):
             state = GrantState.EXPIRED
-        verdict = realized.judge(self.records, key(record), self.node_of(record.source), record.revision)
+        found = realized(self.records.node(self.node_of(record.source)), record.revision, (key(record),))
         idle = state in (GrantState.REQUESTED, GrantState.DENIED)
         return models.Grant(
             id=record.id,
@@ -272,8 +283,8 @@ class View:
             decided_at=rfc3339(record.decided_at) if record.decided_at else None,
             expires_at=rfc3339(record.expires_at) if record.expires_at else None,
             revision=record.revision,
-            realized=idle or verdict.phase is Phase.DONE,
-            why="" if idle else verdict.why,
+            realized=idle or found.done,
+            why="" if idle else found.why,
         )
 
     def node_of(self, container: str) -> str:
@@ -281,16 +292,16 @@ class View:
         return next((record.node for record in self.records.containers if record.id == container), self.node)
 
 
-def _state(phase: Phase, running: bool) -> Any:
-    if phase is Phase.DONE:
+def _state(found: Realized, running: bool) -> Literal["ready", "pending", "failed", "stopped"]:
+    if found.done:
         return "ready" if running else "stopped"
-    return "failed" if phase is Phase.REFUSED else "pending"
+    return "failed" if found.refused else "pending"
 
 
 def encoded(value: BaseModel | Mapping[str, Any]) -> bytes:
     """A value as JSON, as it is sent."""
     if isinstance(value, BaseModel):
-        return value.__pydantic_serializer__.to_json(value, by_alias=True)
+        return value.model_dump_json(by_alias=True).encode()
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
