@@ -53,7 +53,7 @@ class Desired:
 
     def leave_out(self) -> None:
         """Go without the store's records until there are newer ones."""
-        self.loaded = self._source.with_records(Records(self.records.revision), self.node)
+        self.loaded = self.source.with_records(Records(self.records.revision), self.node)
 
     def _news_of_file(self, again: bool) -> bool:
         now, last = stamp(self.path), self._before
