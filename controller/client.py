@@ -375,7 +375,9 @@ def _told(status: int, document: Mapping[str, Any]) -> Iterator[str]:
         if isinstance(one, Mapping):
             name, found, expected, fix = (plain(one.get(k) or "") for k in ("field", "found", "expected", "fix"))
             text = f"found {found or 'nothing'}; expected {expected}" if expected else found
-            yield f"  {name}: {text}{'. ' if text and fix else ''}{fix}"
+            # What is said already is not said again.
+            more = "" if fix.rstrip(".") in f"{detail} {expected}" else fix
+            yield f"  {name}: {text.rstrip('.')}{'. ' if text and more else ''}{more}"
 
 
 def segment(name: str) -> str:
