@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Route
 
-from controller.api import containers, models, operationroutes
+from controller.api import clients, containers, grants, history, models, operationroutes, questions, tokens
 from controller.api.audit import Audit
 from controller.api.context import Context, made
 from controller.api.guard import Guard
@@ -22,11 +23,13 @@ from controller.api.problem import MEDIA_TYPE, ApiProblem, Fault
 from controller.api.routes import PUBLIC, Routes
 from controller.api.settings import Settings
 from controller.api.view import View
-from controller.records import OperationRecord, Scope
+from controller.events import Event
+from controller.events import Kind as EventKind
+from controller.records import GrantState, OperationRecord, Scope, key
 from controller.store import Store
 
 LOG = logging.getLogger("bulkhead.api")
-KINDS: dict[str, Kind] = {**containers.KINDS}
+KINDS: dict[str, Kind] = {**containers.KINDS, **grants.KINDS, **clients.KINDS, **tokens.KINDS}
 _BY_STATUS = {404: "not-found", 405: "method-not-allowed", 413: "too-large", 415: "unsupported-media-type"}
 
 
@@ -58,16 +61,22 @@ class Api:
 
     async def housekeeping(self) -> None:
         """What is done now and then."""
+        now = time.time()
         try:
+            if any(one.state is GrantState.APPROVED and one.expires_at <= now for one in self.view.records.grants):
+                ended, _ = await self.operations.change(lambda change: grants.expired(change, now))
+                for one in ended:
+                    text = f"Grant {one.id} from {one.source} to {one.target} {one.protocol}/{one.port} has expired."
+                    self.audit.write(Event(EventKind.API_CHANGE, text, object=key(one), data={"who": "bulkhead"}))
             await self.operations.prune()
         except ApiProblem as problem:
-            LOG.warning("old operations could not be forgotten: %s", problem)
+            LOG.warning("what is over could not be written down: %s", problem)
 
     def _register(self) -> None:
         self.app.add_exception_handler(RequestValidationError, _invalid)
         self.app.add_exception_handler(HTTPException, _other)
         self.app.add_exception_handler(ApiProblem, _problem)
-        for part in (containers, operationroutes):
+        for part in (containers, questions, grants, clients, tokens, operationroutes, history):
             part.routes(self.context)
         add = self.routes.add
 

@@ -31,6 +31,8 @@ T = TypeVar("T")
 THREADS = 32
 MAX_ANSWER = 256 * 1024
 FINISH_TRIES = 5
+SECRETS = frozenset({"client.add", "token.create"})
+"""Kinds whose answers hold what nobody knows any more after a restart: they are taken back then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,11 @@ class Operations:
 
     # ------------------------------------------------------------------------------------------------------ the outside
 
+    @property
+    def connected(self) -> bool:
+        """Whether the store answers just now."""
+        return self._store.connected
+
     def told(self) -> None:
         """The view is newer now."""
         self._news.set()
@@ -151,6 +158,9 @@ class Operations:
         for operation in self._view.records.operations:
             mine = operation.node == self._view.node and operation.state == "running"
             if mine and operation.id not in self._following and operation.kind in self._kinds:
+                if operation.kind in SECRETS:
+                    self._unwanted.add(operation.id)
+                self._following.add(operation.id)
                 self._start(self._follow(operation, self._limits.wait_s, {}, keep=True))
         self._unwanted &= {one.id for one in self._view.records.operations}
 

@@ -13,6 +13,7 @@ import signal
 import socket
 import ssl
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from email.utils import formatdate
 from pathlib import Path
@@ -28,9 +29,11 @@ from controller.api import access
 from controller.api.access import Peer
 from controller.api.app import Api
 from controller.api.audit import Audit
+from controller.api.listener import Listener
 from controller.api.problem import MEDIA_TYPE, ApiProblem
 from controller.api.settings import GROUP, Limits, Settings
 from controller.api.view import View
+from controller.api_socket import Listening
 from controller.events import Event, Kind
 from controller.problems import BulkheadError
 from controller.records import Records
@@ -276,8 +279,17 @@ class Process:
             where.append(f"127.0.0.1:{settings.port}")
         text = f"The API of {settings.node} answers on {', '.join(where)}."
         audit.write(Event(Kind.API_STARTED, text, data={"pid": os.getpid(), "listen": where}))
+
+        async def opened(found: Listening, tls: ssl.SSLContext, names: frozenset[str]) -> Callable[[], None]:
+            served = await server.listen(found.sock, tls)
+            api.guard.hosts = names
+            text = f"The API answers on {found.address}:{found.port} in its container, to tokens alone."
+            audit.write(Event(Kind.API_STARTED, text, data={"listen": [f"{found.address}:{found.port}"]}))
+            return lambda: server.forget(served)
+
+        listener = Listener(settings, api.view, opened)
         try:
-            await self._every_second(api, server, audit)
+            await self._every_second(api, server, audit, listener)
         finally:
             settings.socket.unlink(missing_ok=True)
             await server.close()
@@ -291,17 +303,15 @@ class Process:
         api.view.follow(records)
         api.operations.told()
 
-    async def _every_second(self, api: Api, server: Server, audit: Audit) -> None:
-        rounds = 0
+    async def _every_second(self, api: Api, server: Server, audit: Audit, listener: Listener) -> None:
         while not self._stop.is_set():
             again, self._reread = self._reread, False
             api.view.look(again=again)
             server.tick()
             audit.tick()
             api.operations.resume()
-            if rounds % 60 == 0:
-                await api.housekeeping()
-            rounds += 1
+            await api.housekeeping()
+            await listener.look()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), 1.0)
 
