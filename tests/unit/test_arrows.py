@@ -40,7 +40,7 @@ RANKS = (
     ("link", "listen", "ovsdb", "control"),
     ("shell",),
     ("terminal", "storeoptions"),
-    ("apiterm",),
+    ("apiterm", "joinedevents"),
     ("agent",),
     ("lab",),
     ("apicli", "checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli", "storecli"),
