@@ -40,6 +40,7 @@ from controller.problems import BulkheadError
 from controller.proofcli import COMMANDS as PROOF_COMMANDS
 from controller.statefile import load
 from controller.storeoptions import StoreOptions, store_options
+from controller.storecli import store
 from controller.terminal import (
     NO,
     UNKNOWN,
@@ -71,6 +72,7 @@ main.add_command(lab)
 main.add_command(verify_host)
 main.add_command(firewall)
 main.add_command(vpn)
+main.add_command(store)
 main.add_command(apicli.api)
 main.add_command(completion)
 for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS, *CONTAINER_COMMANDS, grant, token, mcp):

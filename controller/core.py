@@ -277,7 +277,7 @@ class Core:
         for dpid, compiled in desired.items():
             switch = self.switches[dpid]
             effects, applied = switch.flows.want(compiled, now)
-            if not effects and applied is None and switch.flows.phase is Phase.STEADY:
+            if loaded.whole and not effects and applied is None and switch.flows.phase is Phase.STEADY:
                 applied = switch.flows.unchanged()
             out += [*effects, *self._say_applied(switch, applied)]
         return out

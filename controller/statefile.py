@@ -174,7 +174,9 @@ def digest(state: DesiredState) -> str:
     """A name for what a state says, the same for the same state whatever order its networks are written in."""
     networks = sorted(state.networks, key=lambda network: network.name)
     bridges = sorted(state.bridges, key=lambda bridge: bridge.name)
-    return hashlib.sha256(repr((networks, bridges)).encode()).hexdigest()[:_DIGEST_LENGTH]
+    grants = sorted(state.grants, key=lambda grant: grant.id)
+    said = (networks, bridges, grants) if grants else (networks, bridges)
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:_DIGEST_LENGTH]
 
 
 def _unwrapped(tree: dict[str, Any], source: str, problems: list[Problem]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Upkeep:
             self._look_at = now + WATCH_S
         try:
             if self.desired.look(records if news else None, again=again):
-                return StateLoaded(self.desired.loaded.state, str(self.desired.path))
+                return StateLoaded(self.desired.loaded.state, str(self.desired.path), whole=not news)
         except InvalidInput as exc:
             return StateRejected(str(self.desired.path), exc.problems)
         return None

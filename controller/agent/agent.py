@@ -324,9 +324,14 @@ class Agent:
             reasons = (status[key].why for key in keys if key in status and status[key].phase is not Phase.DONE)
             if (why := next(reasons, None)) is not None:
                 out[name] = why
+        ports = next(
+            (one for key, one in status.items() if key.startswith("ports/") and one.phase is not Phase.DONE), None
+        )
         for key, one in status.items():
-            if one.phase is not Phase.DONE and (found := _CONTAINER.fullmatch(key)) is not None:
-                out.setdefault(f"container/{found[1]}", f"it is not gone yet: {one.why}")
+            if (found := _CONTAINER.fullmatch(key)) is not None:
+                left = one if one.phase is not Phase.DONE else ports
+                if left is not None:
+                    out.setdefault(f"container/{found[1]}", f"it is not gone yet: {left.why}")
         return out | self._unready_clients()
 
     def _unready_clients(self) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Annotated
 
 from fastapi import Path, Request
@@ -12,7 +11,7 @@ from controller import vpnpool
 from controller.api import models
 from controller.api.context import Context, IdempotencyKey, Prefer, Timeout
 from controller.api.models import rfc3339
-from controller.api.operations import Answer, Kind, Target
+from controller.api.operations import Answer, Kind, Target, moment
 from controller.api.problem import ApiProblem, Fault
 from controller.api.view import View, encoded, plain
 from controller.hostmodel import Endpoint, VpnServer
@@ -55,7 +54,7 @@ def routes(api: Context) -> None:
             if address is None:
                 detail = f"Every address of {server.pool} is taken. Remove a client, or declare a larger pool."
                 raise ApiProblem("addresses-exhausted", detail)
-            record, private = vpnpool.new_client(wanted.name, view.node, address, who.name, time.time())
+            record, private = vpnpool.new_client(wanted.name, view.node, address, who.name, moment())
             change.put(record)
             config = vpnpool.configuration(record.address, private, record.preshared_key, server, endpoint, server_key)
             return Target(key(record), made_at=record.created_at, secret={"config": config})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 from typing import Annotated
 
@@ -12,7 +11,7 @@ from starlette.responses import Response
 
 from controller.api import allocate, models
 from controller.api.context import Context, IdempotencyKey, Prefer, Timeout, Wait
-from controller.api.operations import Answer, Kind, Target
+from controller.api.operations import Answer, Kind, Target, moment
 from controller.api.problem import ApiProblem
 from controller.api.view import View, encoded, plain
 from controller.records import ContainerRecord, GrantState, OperationRecord, Records, Scope, key
@@ -64,7 +63,7 @@ def routes(api: Context) -> None:
         about = {"network": wanted.network}
 
         def function(change: Change) -> Target:
-            record = allocate.container(view.declared, change.records, wanted, who.name, time.time())
+            record = allocate.container(view.declared, change.records, wanted, who.name, moment())
             change.put(record)
             about.update(container=record.name, object=key(record))
             return Target(key(record), record.node, record.created_at)
@@ -158,7 +157,7 @@ def _end_grants(change: Change, container: str, who: str) -> None:
     for grant in change.records.grants:
         open_yet = grant.state in (GrantState.REQUESTED, GrantState.APPROVED)
         if open_yet and container in (grant.source, grant.target):
-            change.put(replace(grant, state=GrantState.REVOKED, decided_by=who, decided_at=time.time()))
+            change.put(replace(grant, state=GrantState.REVOKED, decided_by=who, decided_at=moment()))
 
 
 class Created:

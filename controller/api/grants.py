@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Annotated
@@ -13,7 +12,7 @@ from starlette.responses import Response
 from controller.api import models
 from controller.api.access import Principal
 from controller.api.context import Context, IdempotencyKey, Prefer, Timeout, Wait
-from controller.api.operations import Answer, Kind, Target
+from controller.api.operations import Answer, Kind, Target, moment
 from controller.api.problem import ApiProblem, Fault
 from controller.api.view import View, encoded
 from controller.records import GrantRecord, GrantState, OperationRecord, Records, Scope, key
@@ -38,7 +37,7 @@ def routes(api: Context) -> None:
         """List grants
         The newest first.
         """
-        now = time.time()
+        now = moment()
         found = [view.grant(record, now) for record in sorted(view.records.grants, key=lambda one: -int(one.id))]
         grants = models.Grants(grants=[grant for grant in found if state in (None, grant.state)])
         return Response(encoded(grants), media_type="application/json")
@@ -70,7 +69,7 @@ def routes(api: Context) -> None:
                 port=wanted.port,
                 reason=wanted.reason,
                 requested_by=who.name,
-                requested_at=time.time(),
+                requested_at=moment(),
                 duration_s=wanted.duration_s,
             )
             change.put(record)
@@ -93,7 +92,7 @@ def routes(api: Context) -> None:
 
             def function(change: Change) -> Target:
                 record = _grant(change.records, id)
-                change.put(_decided(word, record, who, time.time(), view))
+                change.put(_decided(word, record, who, moment(), view))
                 if word == "approve":
                     _ends_there(view, change.records, record)
                 return Target(key(record), last=None)

@@ -214,7 +214,7 @@ class Operations:
                 object=target.object,
                 node=self._view.node,
                 who=asked.who.name,
-                created_at=target.made_at or time.time(),
+                created_at=target.made_at or moment(),
                 answer=json.dumps(target.last) if target.last is not None else "",
                 idempotency_key=asked.key,
                 digest=asked.digest if asked.key else "",
@@ -368,6 +368,11 @@ class Operations:
             except ApiProblem as problem:
                 LOG.warning("how operation %s ended could not be written: %s", operation.id, problem)
                 await asyncio.sleep(min(0.1 * 2**attempt, 2.0))
+
+
+def moment() -> float:
+    """What time it is, in the milliseconds that the store keeps whole."""
+    return round(time.time(), 3)
 
 
 def _same(records: Records, asked: Asked) -> OperationRecord | None:

@@ -43,6 +43,9 @@ LOG = logging.getLogger("bulkhead.api")
 BACKLOG = 1024
 STOP_S = 3.0
 HANDSHAKE_S = 10.0
+LOOK_S = 0.25
+"""So often the state file is looked at, and everything else every ROUNDS times."""
+ROUNDS = 4
 
 
 class Connection(HttpToolsProtocol):
@@ -304,16 +307,19 @@ class Process:
         api.operations.told()
 
     async def _every_second(self, api: Api, server: Server, audit: Audit, listener: Listener) -> None:
+        rounds = 0
         while not self._stop.is_set():
             again, self._reread = self._reread, False
             api.view.look(again=again)
-            server.tick()
-            audit.tick()
-            api.operations.resume()
-            await api.housekeeping()
-            await listener.look()
+            if rounds % ROUNDS == 0:
+                server.tick()
+                audit.tick()
+                api.operations.resume()
+                await api.housekeeping()
+                await listener.look()
+            rounds += 1
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), 1.0)
+                await asyncio.wait_for(self._stop.wait(), LOOK_S)
 
 
 def _soon(loop: asyncio.AbstractEventLoop, function: Any, *args: Any) -> None:

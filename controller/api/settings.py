@@ -28,9 +28,9 @@ class Limits:
     body_s: float = 10.0
     keep_alive_s: float = 30.0
     connections: int = 512
-    reads_per_s: int = 3000
+    reads_per_s: int = 5000
     changes_per_s: int = 100
-    burst_s: int = 3
+    burst_s: int = 10
     denied_per_s: int = 5
     waiting: int = 256
     streams: int = 32

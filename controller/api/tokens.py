@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Annotated
 
 from fastapi import Path, Request
@@ -11,7 +10,7 @@ from starlette.responses import Response
 from controller.api import access, models
 from controller.api.context import Context, IdempotencyKey
 from controller.api.models import rfc3339
-from controller.api.operations import Answer, Kind, Target
+from controller.api.operations import Answer, Kind, Target, moment
 from controller.api.problem import ApiProblem, Fault
 from controller.api.view import View, encoded, plain
 from controller.records import OperationRecord, Scope, TokenRecord, key
@@ -47,7 +46,7 @@ def routes(api: Context) -> None:
 
         def function(change: Change) -> Target:
             _free(change, wanted.name)
-            now = time.time()
+            now = moment()
             record = TokenRecord(
                 id=name,
                 name=wanted.name,
@@ -82,7 +81,7 @@ def routes(api: Context) -> None:
 
 def _free(change: Change, name: str) -> None:
     """Names tell tokens apart in the audit log."""
-    now = time.time()
+    now = moment()
     for other in change.records.tokens:
         if other.name.lower() != name.lower():
             continue
@@ -102,7 +101,7 @@ def _shown(record: TokenRecord) -> models.Token:
         created_by=record.created_by,
         created_at=rfc3339(record.created_at),
         expires_at=rfc3339(record.expires_at) if record.expires_at else None,
-        expired=bool(record.expires_at) and time.time() >= record.expires_at,
+        expired=bool(record.expires_at) and moment() >= record.expires_at,
     )
 
 

@@ -41,10 +41,10 @@ TABLE: Mapping[type[Record], str] = MappingProxyType(
 )
 TYPE: Mapping[str, type[Record]] = MappingProxyType({table: kind for kind, table in TABLE.items()})
 _TIMES = ("created_at", "expires_at", "requested_at", "decided_at")
-_TEXT = (
-    "id", "name", "network", "node", "address", "driver", "template", "created_by", "public_key", "preshared_key", "source",
-    "target", "reason", "requested_by", "decided_by", "digest", "kind", "object", "who", "state", "answer", "idempotency_key",
-)  # fmt: skip
+_TEXT = frozenset(
+    "id name network node address driver template created_by public_key preshared_key source target reason requested_by "
+    "decided_by digest kind object who state answer idempotency_key".split()
+)
 INDEXES: Mapping[str, Callable[[Any], tuple[tuple[str, ...], ...]]] = MappingProxyType(
     {
         "Container": lambda r: (("name", r.name.lower()), ("address", r.address)),
@@ -64,7 +64,10 @@ def tables() -> dict[str, tuple[str, ...]]:
 
 
 def normal(record: Record, revision: int) -> Record:
-    """The record as it will be read again: times to the millisecond, scopes in order. Raises on what cannot be stored."""
+    """The record as it will be read again: times to the millisecond, scopes in order.
+
+    Raises `BulkheadError` for what cannot be stored.
+    """
     changes: dict[str, Any] = {"revision": revision}
     for field in fields(record):
         value = getattr(record, field.name)

@@ -66,9 +66,8 @@ class Change:
         """Take a record away, by key (`container/103`). Nothing happens if it is not there."""
         table = table_of(key)
         if table not in rows.TYPE:
-            raise BulkheadError(
-                f"{key!r} is not the key of a record; it begins with {', '.join(rows.TYPE).lower()} and a /"
-            )
+            kinds = ", ".join(rows.TYPE).lower()
+            raise BulkheadError(f"{key!r} is not the key of a record; that is one of {kinds}, a /, and a name")
         self.touched.add(key)
         self._snapshot.delete(table, key)
 
@@ -77,19 +76,18 @@ class Change:
         for name, index, owner in self._taken:
             kind = self._snapshot.kinds[table_of(name)]
             if owner != name and kind.holds(name, index) and kind.holds(owner, index):
-                raise Clash(
-                    f"{name} cannot have the {index[0]} {index[-1]}: {owner} has it; choose another, or delete {owner} first"
-                )
+                taken = f"{name} cannot have the {index[0]} {index[-1]}"
+                raise Clash(f"{taken}: {owner} has it; choose another, or delete {owner} first")
 
 
 class _Job(Generic[T]):
-    def __init__(self, fn: Callable[[Change], T], deadline: float) -> None:
-        self.fn, self.deadline = fn, deadline
+    def __init__(self, fn: Callable[[Change], T], deadline: float, above: int = 0) -> None:
+        self.fn, self.deadline, self.above = fn, deadline, above
         self.future: Future[tuple[T, int]] = Future()
         self.answer: T
         self.tried: dict[str, T] = {}
         """Answers of attempts of which nobody knows whether they were carried out, by the commit's name."""
-        self.alone = False
+        self.alone = above > 0
 
 
 class Store:
@@ -118,6 +116,11 @@ class Store:
         """Whether the store answers just now."""
         return self._link.connected
 
+    @property
+    def remote(self) -> str:
+        """The address of the server that is talked to."""
+        return self._link.session.remote
+
     def start(self, patience_s: float = 5.0) -> Records:
         """Connect, and answer what the store holds. Raises `Unavailable` if it does not answer in time; call `start`
         again, or `close`."""
@@ -131,15 +134,15 @@ class Store:
         """Have `callback` called, on the store's thread, with every new snapshot from now on."""
         self._subscribers.append(callback)
 
-    def change(self, fn: Callable[[Change], T], timeout_s: float = 10.0) -> tuple[T, int]:
+    def change(self, fn: Callable[[Change], T], timeout_s: float = 10.0, *, above: int = 0) -> tuple[T, int]:
         """Run `fn` on the records as they are, on the store's thread, and write what it has put.
 
-        Answers what `fn` answered, and the revision. `fn` may run several times; only the last run counts. What it raises
-        comes out here, and nothing is written. Raises `Clash` and `Unavailable`.
+        Answers what `fn` answered, and the revision, which is more than `above`. `fn` may run several times; only the
+        last run counts. What it raises comes out here, and nothing is written. Raises `Clash` and `Unavailable`.
         """
         if threading.current_thread() is self._thread:
             raise BulkheadError("a subscriber of the store cannot change it; do that from another thread")
-        job: _Job[T] = _Job(fn, time.monotonic() + timeout_s)
+        job: _Job[T] = _Job(fn, time.monotonic() + timeout_s, above)
         self._jobs.append(job)
         self._wake()
         try:
@@ -264,6 +267,7 @@ class Store:
             if self._jobs[0].alone and batch:
                 break
             job = self._jobs.popleft()
+            revision = max(revision, job.above + 1)
             mine = snapshot.copy()
             change = Change(mine, revision)
             try:
@@ -290,7 +294,8 @@ class Store:
         for job in batch:
             job.tried[name] = job.answer
         self._flying = batch
-        operations = [*self._guard(base.revision, revision, name), *operations]
+        # Without "durable" a server on its own answers before its disk has it.
+        operations = [*self._guard(base.revision, revision, name), *operations, {"op": "commit", "durable": True}]
         self._link.session.transact(operations, lambda results: self._answered(batch, name, revision, results))
 
     def _guard(self, before: int, revision: int, name: str) -> list[Any]:
@@ -358,7 +363,8 @@ class Store:
             if kind == "not owner":
                 self._link.session.unlock()
             self._jobs.extendleft(reversed(batch))
-        elif kind == "constraint violation" and self._link.root is None and '"Bulkhead"' in details:
+        elif kind == "constraint violation" and revision == 1 and '"Bulkhead"' in details:
+            # Somebody else has begun the store in this very moment.
             self._jobs.extendleft(reversed(batch))
         elif len(batch) > 1:
             # One of them is to blame, and only it shall have the blame.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 import socket
 import ssl
@@ -433,8 +434,6 @@ def _context(tls: Tls) -> ssl.SSLContext:
 
 
 def _said(number: int) -> str:
-    import os
-
     return os.strerror(number)
 
 

@@ -15,7 +15,7 @@ PACKAGES = ("controller", "apps", "lab")
 RANKS = (
     ("problems", "model", "events", "notes", "hostmodel", "records", "wgkeys"),
     ("store", "realized", "vpnpool"),
-    ("fields", "ofparse", "statetext", "eventfiles"),
+    ("fields", "ofparse", "statetext", "eventfiles", "grants"),
     ("flow", "stateschema", "ofrules", "eventlog", "eventread", "eventverify", "eventview"),
     ("frame", "hostderive", "statederive", "flownames", "flowwrites"),
     ("flowmatch",),
@@ -66,6 +66,7 @@ APART = {
     "realized": {"records"},
     "desired": {"problems", "records", "statefile"},
     "fields": {"model"},
+    "grants": {"model"},
     "flow": {"fields", "model"},
     "flownames": {"fields", "flow"},
     "flowwrites": {"fields", "flow"},
@@ -76,8 +77,8 @@ APART = {
     "statederive": {"model", "hostmodel", "hostderive", "notes", "problems", "statetext", "stateschema", "ofrules"},
     "hostderive": {"model", "hostmodel", "notes", "stateschema"},
     "agent": {
-        *("api_socket", "asking", "desired", "eventfiles", "eventlog", "events", "hostmodel", "model", "problems"),
-        *("records", "statefile", "store", "unixsocket", "vpnpool", "wgkeys"),
+        *("api_socket", "asking", "desired", "eventfiles", "eventlog", "events", "grants", "hostmodel", "model"),
+        *("problems", "records", "statefile", "store", "unixsocket", "vpnpool", "wgkeys"),
     },
     "ofrules": {"model", "problems", "ofparse"},
     "client": {"problems"},
