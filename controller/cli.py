@@ -39,8 +39,8 @@ from controller.pipeline import table_name
 from controller.problems import BulkheadError
 from controller.proofcli import COMMANDS as PROOF_COMMANDS
 from controller.statefile import load
-from controller.storeoptions import StoreOptions, store_options
 from controller.storecli import store
+from controller.storeoptions import StoreOptions, store_options
 from controller.terminal import (
     NO,
     UNKNOWN,
@@ -400,7 +400,7 @@ def events(
                 "--host, --verify, --until and --bridge are of one log's files; leave them out with --all"
             )
         _moment("--since", since)
-        wanted_by_api = {"kind": kinds, "network": networks, "container": containers, "since": since}
+        wanted_by_api: dict[str, object] = {"kind": kinds, "network": networks, "container": containers, "since": since}
         _show_joined(where, last, following, wanted_by_api, as_json)
         return
     if host:

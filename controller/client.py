@@ -57,7 +57,7 @@ class ApiProblem(BulkheadError):
     @property
     def is_answer(self) -> bool:
         """Whether it answers what was asked, by a no; otherwise it could not be found out."""
-        return self.status in _ANSWERS
+        return self.status in _ANSWERS or self.code == "self-approval"
 
 
 @dataclass(frozen=True, slots=True)

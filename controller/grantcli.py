@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -48,13 +49,13 @@ def list_grants(api: Api, state: str | None, as_json: bool) -> None:
     if as_json:
         print_json({"grants": grants})
         return
-    grid = columns("ID", "FROM", "TO", "PORT", "STATE", "IN FORCE", "EXPIRES", "ASKED BY", "REASON")
+    names = _names(api)
+    grid = columns("ID", "FROM", "TO", "PORT", "STATE", "FLOW", "EXPIRES", "ASKED BY", "REASON")
     for g in grants:
-        port = f"{g['protocol']}/{g['port']}"
         grid.add_row(
-            *cells(g["id"], g["source"], g["target"], port),
+            *cells(g["id"], names(g["source"]), names(g["target"]), f"{g['protocol']}/{g['port']}"),
             coloured(g["state"]),
-            *cells(g["realized"], moment(g["expires_at"]), g["requested_by"], g["reason"]),
+            *cells(_flow(g), moment(g["expires_at"]), g["requested_by"], g["reason"]),
         )
     print_grid(grid)
 
@@ -69,22 +70,35 @@ def show(api: Api, number: str, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        _print_grant(found)
+        _print_grant(found, _names(api))
 
 
-def _print_grant(g: dict[str, Any]) -> None:
+def _names(api: Api) -> Callable[[str], str]:
+    """What tells a container's name with its id."""
+    known = {c["id"]: c["name"] for c in api.get("/api/containers")["containers"]}
+    return lambda number: f"{known[number]} ({number})" if number in known else number
+
+
+def _flow(g: dict[str, Any]) -> str:
+    """Whether the flow is open now; what was decided may not be carried out yet."""
+    if g["realized"] or g["state"] in ("requested", "denied"):
+        return "open" if g["state"] == "approved" else "shut"
+    return f"{'not open yet' if g['state'] == 'approved' else 'may still be open'}: {g['why']}"
+
+
+def _print_grant(g: dict[str, Any], names: Callable[[str], str]) -> None:
     decided = f"{moment(g['decided_at'])} by {g['decided_by']}" if g["decided_by"] else ""
     print_fields(
         {
             "id": g["id"],
-            "from": g["source"],
-            "to": f"{g['target']} {g['protocol']}/{g['port']}",
+            "from": names(g["source"]),
+            "to": f"{names(g['target'])} {g['protocol']}/{g['port']}",
             "reason": g["reason"],
             "asked": f"{moment(g['requested_at'])} by {g['requested_by']}, for {g['duration_s']} s",
             "state": g["state"],
             "decided": decided,
             "expires": moment(g["expires_at"]),
-            "in force": "yes" if g["realized"] else f"no: {g['why']}" if g["why"] else "no",
+            "flow": _flow(g),
         }
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -33,7 +33,7 @@ def joined(api: Api, *, last: int | None, following: bool, wanted: Mapping[str, 
             yield _parsed(data)
 
 
-def _all(api: Api, wanted: Mapping[str, object]) -> Iterator[dict[str, Any]]:
+def _all(api: Api, wanted: Mapping[str, object]) -> Generator[dict[str, Any], None, str]:
     """Every event since the beginning, or since a moment. Answers the cursor behind the last."""
     more: dict[str, Any] = dict(wanted) if wanted.get("since") else {**wanted, "after": BEGINNING}
     while True:
@@ -57,10 +57,11 @@ def _parsed(data: str) -> dict[str, Any]:
 def line(event: Mapping[str, Any], colour: bool, width: int | None) -> str:
     """An event as people read it, with the log that it stands in."""
     kind = event["kind"]
+    about: dict[str, Any] = {name: event.get(name) for name in _TEXTS}
     record = Record(
         Kind(kind) if kind in set(Kind) else Kind.INTERNAL_ERROR,
         str(event["text"]),
-        **{name: event.get(name) for name in _TEXTS},
+        **about,
         seq=int(event["seq"]),
         time=datetime.fromisoformat(event["time"]),
         prev="",

@@ -76,9 +76,7 @@ def add(
         _add_to_files(file, name, dialled, qr, state_dir, as_json)
         return
     with use_api(where, as_json) as api:
-        made = api.post("/api/vpn/clients", {"name": name})
-    if dialled is not None:
-        made["config"] = re.sub(r"(?m)^Endpoint = .*$", f"Endpoint = {dialled}", made["config"])
+        made = api.post("/api/vpn/clients", {"name": name} | ({"endpoint": str(dialled)} if dialled else {}))
     if as_json:
         print_json(made)
         return

@@ -220,10 +220,30 @@ def test_a_grant_is_decided(told: Told, verb: str) -> None:
 
 
 def test_grants_are_listed_by_state(told: Told) -> None:
+    told.answers["GET", "/api/containers"] = 200, {"containers": [WEB]}
     told.answers["GET", "/api/grants"] = 200, {"grants": [GRANT, GRANT | {"id": "8", "state": "denied"}]}
     assert "look at it" in told.run("grant", "list").stdout
     found = json.loads(told.run("grant", "list", "--state", "denied", "--json").stdout)
     assert [grant["id"] for grant in found["grants"]] == ["8"]
+
+
+@pytest.mark.parametrize(
+    "state, realized, said",
+    [
+        ("requested", True, "shut"),
+        ("approved", False, "not open yet: its flows"),
+        ("approved", True, "open"),
+        ("revoked", False, "may still be open: its flows"),
+        ("expired", True, "shut"),
+    ],
+)
+def test_whether_the_flow_of_a_grant_is_open(told: Told, state: str, realized: bool, said: str) -> None:
+    why = "" if realized else "its flows"
+    told.answers["GET", "/api/containers"] = 200, {"containers": [WEB]}
+    told.answers["GET", "/api/grants/7"] = 200, GRANT | {"state": state, "realized": realized, "why": why}
+    lines = told.run("grant", "show", "7").stdout.splitlines()
+    assert lines[-1].split(maxsplit=1) == ["flow", said]
+    assert lines[2].split(maxsplit=1) == ["to", "web (103) tcp/80"]
 
 
 # -------------------------------------------------------------------------------------------------- tokens, VPN clients
@@ -256,7 +276,7 @@ def test_a_vpn_client_is_added_with_a_code_for_phones(told: Told) -> None:
     done = told.run("vpn", "add", "phone")
     assert done.stdout == config + "\n" and "address 10.8.0.2" in done.stderr
     done = told.run("vpn", "add", "phone", "--qr", "--endpoint", "192.0.2.1:443")
-    assert "█" in done.stdout and "Endpoint = 192.0.2.1:443\n" in done.stdout
+    assert "█" in done.stdout and told.sent.body == {"name": "phone", "endpoint": "192.0.2.1:443"}
     told.answers["DELETE", "/api/vpn/clients/phone"] = 200, {"name": "phone"}
     assert told.run("vpn", "remove", "phone").stdout == "client phone is removed\n"
 
