@@ -140,18 +140,50 @@ def test_a_container_is_made_and_deleted(api: Stand, ask: Ask, tokens: dict[str,
     assert any(data["who"] == "token:operator" for data in changes if isinstance(data, dict))
 
 
+def each(calls: list[tuple[str, dict[str, Any]]]) -> Use:
+    """All calls in one session."""
+
+    async def use(client: Client) -> list[CallToolResult]:
+        return [await client.call_tool(tool, arguments) for tool, arguments in calls]
+
+    return use
+
+
 def test_a_caller_is_refused_what_its_token_does_not_allow(ask: Ask, tokens: dict[str, str]) -> None:
-    reader = tokens["reader"]
-    assert not ask(reader, calling("list_containers")).is_error
-    for name, arguments in {
-        "create_container": {"name": "web", "network": "privacy"},
-        "delete_container": {"container": "102"},
-        "stop_container": {"container": "102"},
-        "revoke_grant": {"grant": "1"},
-        "request_grant": {"source": "202", "target": "102", "port": 8080, "reason": "to see"},
-    }.items():
-        done = ask(reader, calling(name, **arguments))
+    calls: list[tuple[str, dict[str, Any]]] = [
+        ("create_container", {"name": "web", "network": "privacy"}),
+        ("delete_container", {"container": "102"}),
+        ("start_container", {"container": "102"}),
+        ("stop_container", {"container": "102"}),
+        ("revoke_grant", {"grant": "1"}),
+        ("request_grant", {"source": "202", "target": "102", "port": 8080, "reason": "to see"}),
+    ]
+    listed, *refused = ask(tokens["reader"], each([("list_containers", {}), *calls]))
+    assert not listed.is_error
+    for done in refused:
         assert done.is_error and text(done).endswith("[forbidden]") and "operate" in text(done), text(done)
+
+
+def test_everything_can_be_read(ask: Ask, tokens: dict[str, str]) -> None:
+    flow = {"source": "monitoring", "destination": "xray", "protocol": "tcp", "port": 8080}
+    calls: list[tuple[str, dict[str, Any]]] = [
+        *((name, {}) for name in ("list_networks", "list_services", "list_grants", "list_containers", "reachability")),
+        ("why", flow),
+        ("list_events", {"limit": 1, "kind": "api_started"}),
+    ]
+    for (name, _), done in zip(calls, ask(tokens["reader"], each(calls)), strict=True):
+        assert not done.is_error and done.structured_content, f"{name}: {text(done)}"
+    assert done.structured_content["events"][0]["kind"] == "api_started"
+
+
+def test_a_grant_is_asked_for_and_revoked(ask: Ask, tokens: dict[str, str]) -> None:
+    async def use(client: Client) -> tuple[CallToolResult, CallToolResult]:
+        wanted = {"source": "monitoring", "target": "xray", "port": 8080, "reason": "to see"}
+        made = await client.call_tool("request_grant", wanted)
+        return made, await client.call_tool("revoke_grant", {"grant": made.structured_content["id"]})
+
+    made, revoked = ask(tokens["operator"], use)
+    assert made.structured_content["state"] == "requested" and revoked.structured_content["state"] == "revoked"
 
 
 def test_nobody_approves_by_a_tool_that_is_not_offered(ask: Ask) -> None:
@@ -164,9 +196,8 @@ def test_approving_is_offered_where_it_is_switched_on(api: Stand) -> None:
     assert {tool.name for tool in found.tools} == READS | CHANGES | DESTROYS | DECIDES
 
 
-@pytest.mark.parametrize(
-    "name, arguments",
-    [
+def test_arguments_out_of_bounds_are_refused(ask: Ask) -> None:
+    calls: list[tuple[str, dict[str, Any]]] = [
         ("get_container", {"container": "../tokens"}),
         ("get_container", {"container": "web", "force": True}),
         ("create_container", {"name": "a_b", "network": "privacy"}),
@@ -174,11 +205,9 @@ def test_approving_is_offered_where_it_is_switched_on(api: Stand) -> None:
         ("create_container", {"name": "web", "network": "privacy", "timeout_s": 1e9}),
         ("request_grant", {"source": "202", "target": "102", "port": 0, "reason": "x"}),
         ("list_events", {"limit": 10**6}),
-    ],
-)
-def test_arguments_out_of_bounds_are_refused(ask: Ask, name: str, arguments: dict[str, Any]) -> None:
-    done = ask(None, calling(name, **arguments))
-    assert done.is_error and "validation error" in text(done)
+    ]
+    for done in ask(None, each(calls)):
+        assert done.is_error and "validation error" in text(done), text(done)
 
 
 def test_an_error_says_what_to_do(api: Stand, ask: Ask) -> None:
