@@ -57,6 +57,7 @@ class Connection(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._in_head = False
+        self._wrong: ApiProblem | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Find out who it is, once: what the kernel knows of a socket ends with it."""
@@ -82,8 +83,7 @@ class Connection(HttpToolsProtocol):
             return
         super().data_received(data)
         if self._in_head and self._head_bytes > self._limits.header_bytes:
-            detail = f"Headers have at most {self._limits.header_bytes} bytes; send less."
-            self._refuse(ApiProblem("headers-too-large", detail))
+            self._refuse(self._too_large())
 
     def on_message_begin(self) -> None:
         """Headers begin."""
@@ -96,17 +96,25 @@ class Connection(HttpToolsProtocol):
         """A path is not longer than headers may be."""
         super().on_url(url)
         if len(self.url) > self._limits.header_bytes:
+            self._wrong = self._too_large()
             raise httptools.HttpParserError("the path is too long")
 
     def on_headers_complete(self) -> None:
         """Headers are over."""
         self._in_head = False
         self._forget_head()
+        if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > self._limits.header_bytes:
+            self._wrong = self._too_large()
+            raise httptools.HttpParserError("the headers are too large")
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
         """What cannot be read as HTTP."""
-        self._refuse(ApiProblem("bad-request", f"{msg} Send HTTP/1.1."))
+        self._refuse(self._wrong or ApiProblem("bad-request", f"{msg} Send HTTP/1.1."))
+
+    def _too_large(self) -> ApiProblem:
+        detail = f"Path and headers have at most {self._limits.header_bytes} bytes; send less."
+        return ApiProblem("headers-too-large", detail)
 
     def _expect_head(self) -> None:
         self._head_bytes = 0

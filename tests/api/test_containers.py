@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -16,7 +17,11 @@ from tests.api.stand import Stand, stand, until
 
 SEED = [
     {"name": "tor-relay", "network": "privacy", "services": [{"name": "tor-relay", "protocol": "tcp", "port": 9001}]},
-    {"name": "prometheus", "network": "management", "services": [{"name": "prometheus", "protocol": "tcp", "port": 9090}]},
+    {
+        "name": "prometheus",
+        "network": "management",
+        "services": [{"name": "prometheus", "protocol": "tcp", "port": 9090}],
+    },
 ]
 
 
@@ -74,7 +79,12 @@ def test_ids_and_addresses_keep_clear_of_what_is_taken(client: httpx.Client) -> 
         ({"name": "a", "network": "privacy", "node": "n9"}, 422, "unknown-node", "node"),
         ({"name": "a b", "network": "privacy"}, 422, "invalid", "name"),
         ({"name": "a", "network": "privacy", "colour": "red"}, 422, "invalid", "colour"),
-        ({"name": "a", "network": "privacy", "services": [{"name": "s", "port": 0}]}, 422, "invalid", "services.0.port"),
+        (
+            {"name": "a", "network": "privacy", "services": [{"name": "s", "port": 0}]},
+            422,
+            "invalid",
+            "services.0.port",
+        ),
         ({"name": "a", "network": "privacy", "driver": "lxc", "command": ["x"]}, 422, "invalid", "command"),
         ({"name": "a", "network": "privacy", "command": ["\ud800"]}, 422, "invalid", "command.0"),
         (
@@ -151,7 +161,9 @@ def test_the_same_key_is_carried_out_once(api: Stand, client: httpx.Client) -> N
     api.realizer.holds["late"] = "not yet"
     late = {"name": "late", "network": "privacy"}
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(client.post, "/api/containers/create?timeout=1", json=late, headers={"Idempotency-Key": "k2"})
+        running = pool.submit(
+            client.post, "/api/containers/create?timeout=1", json=late, headers={"Idempotency-Key": "k2"}
+        )
         until(lambda: client.get("/api/containers/late").status_code == 200)
         again = client.post("/api/containers/create?timeout=1", json=late, headers={"Idempotency-Key": "k2"})
         assert again.status_code == 409 and again.json()["type"].endswith(":in-progress")
@@ -218,11 +230,8 @@ def test_a_restart_goes_on_with_what_was_begun(api: Stand, client: httpx.Client)
 
 
 def _ignore(api: Stand, name: str) -> None:
-    with api.client() as client:
-        try:
-            create(client, name)
-        except httpx.HTTPError:
-            pass
+    with api.client() as client, contextlib.suppress(httpx.HTTPError):
+        create(client, name)
 
 
 def test_a_damaged_state_file_leaves_all_as_it_was(tmp_path: Path) -> None:
