@@ -30,15 +30,15 @@ class Desired:
     `source` is the file by itself, `loaded` what the node should be, and `records` what the store held then.
     """
 
-    def __init__(self, path: Path, node: str, records: Records | None = None) -> None:
+    def __init__(self, path: Path, node: str, records: Records | None = None, now: float = 0.0) -> None:
         self.path, self.node = path, node
         self._seen = self._before = stamp(path)  # before it is read: what changes meanwhile is read again
         self.source: Source = read(path)
         self.records = records or Records()
         self.loaded: Loaded = self.source.with_records(self.records, node)
 
-    def look(self, records: Records | None = None, *, again: bool = False) -> bool:
-        """Whether something else is desired now. `records` are the store's newest, if they are new.
+    def look(self, records: Records | None = None, now: float = 0.0, *, again: bool = False) -> bool:
+        """Whether something else is desired now (seconds since the epoch). `records` are the store's newest, if any are new.
 
         A file that is still being written may be valid and lack half of the containers: it is read once it has stopped
         changing, or at once if told to (`again`). Raises `InvalidInput` where it is no good, once for each time it is
@@ -50,6 +50,10 @@ class Desired:
             return False
         self.loaded = self.source.with_records(self.records, self.node)
         return True
+
+    def due(self, now: float) -> bool:
+        """Whether a grant has ended since."""
+        return self.loaded.until is not None and now >= self.loaded.until
 
     def leave_out(self) -> None:
         """Go without the store's records until there are newer ones."""

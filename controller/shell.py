@@ -295,7 +295,7 @@ class Bulkhead(app_manager.OSKenApp):  # type: ignore[misc]
     @guarded
     def _follow(self) -> None:
         again, self._hup = self._hup, False
-        signal = self.upkeep.look(time.monotonic(), again=again)
+        signal = self.upkeep.look(time.monotonic(), time.time(), again=again)
         if isinstance(signal, StateRejected):
             self.feed(signal)
         elif isinstance(signal, StateLoaded):
@@ -419,7 +419,7 @@ def serve(settings: Settings) -> None:
     """Run the controller until it is told to stop. Raises `InvalidInput` and `BulkheadError` before it has begun."""
     store = Store(settings.store, settings.store_tls) if settings.store else None
     desired = Desired(settings.state_file, settings.node)
-    if store is not None and desired.look(_first_records(store)):
+    if store is not None and desired.look(_first_records(store), time.time()):
         LOG.info("the store holds %d containers", len(desired.records.containers))
     upkeep = Upkeep(desired, store)
     upkeep.first()

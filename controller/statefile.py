@@ -21,9 +21,9 @@ from pydantic import ValidationError
 from controller import records as stored
 from controller import statederive, stateschema, statetext
 from controller.hostmodel import HostState
-from controller.model import DesiredState
+from controller.model import DesiredState, Grant
 from controller.problems import InvalidInput, Problem, Severity, error
-from controller.records import ContainerRecord, Records
+from controller.records import ContainerRecord, GrantRecord, Records
 from controller.stateschema import Checked, ContainerSpec, json_schema
 
 __all__ = ["Loaded", "Source", "digest", "json_schema", "load", "loads", "read"]
@@ -38,7 +38,7 @@ class Loaded:
     """A state file that was accepted, what its host is made of, and the warnings about it, sorted by path.
 
     `refused` are records of the store that were left out, by key, because what is declared contradicts them; `stored` are
-    the keys of those that are in it.
+    the keys of those that are in it. `until` is when the first of its grants ends (seconds since the epoch).
     """
 
     state: DesiredState
@@ -46,6 +46,7 @@ class Loaded:
     host: HostState = field(default_factory=HostState)
     refused: tuple[tuple[str, Problem], ...] = ()
     stored: frozenset[str] = frozenset()
+    until: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,11 @@ class Source:
     problems: tuple[Problem, ...]
     state: DesiredState
 
-    def with_records(self, records: Records, node: str) -> Loaded:
-        """The state with what the store holds for a node on top of it. What is declared wins. Never raises."""
+    def with_records(self, records: Records, node: str, now: float = 0.0) -> Loaded:
+        """The state with what the store holds for a node on top of it, at `now` (seconds since the epoch).
+
+        What is declared wins. Never raises.
+        """
         found, refused = _overlay(records, node, self.state)
         while True:
             state, host, problems = statederive.derive(self.checked, found)
@@ -71,8 +75,12 @@ class Source:
             refused += guilty.items()
             found = [(name, spec) for name, spec in found if name not in guilty]
         ordered = tuple(sorted((*self.problems, *problems), key=_place))
-        there = frozenset(name for name, _ in found)
-        return Loaded(replace(state, digest=digest(state)), ordered, host, tuple(refused), there)
+        granted, strays = _grants(records, state, now)
+        state = replace(state, grants=tuple(Grant(g.id, g.source, g.target, g.protocol, g.port) for g in granted))
+        there = frozenset((*(name for name, _ in found), *map(stored.key, granted)))
+        until = min((grant.expires_at for grant in granted), default=None)
+        whole = replace(state, digest=digest(state))
+        return Loaded(whole, ordered, host, (*refused, *strays), there, until)
 
 
 def load(path: Path | str) -> Loaded:
@@ -134,6 +142,29 @@ def _overlay(
         else:
             found.append((stored.key(record), spec))
     return found, refused
+
+
+def _grants(records: Records, state: DesiredState, now: float) -> tuple[list[GrantRecord], list[tuple[str, Problem]]]:
+    """The grants that are open here now, and those that cannot be."""
+    network_of = {member.id: network.name for network in state.networks for member in network.members}
+    good: list[GrantRecord] = []
+    refused = []
+    for grant in records.grants:
+        ends = [end for end in (grant.source, grant.target) if end in network_of]
+        if not grant.open_at(now) or not ends:
+            continue
+        name = stored.key(grant)
+        if len(ends) == 1:
+            missing = grant.target if ends[0] == grant.source else grant.source
+            fix = "A grant joins two containers of one node; revoke it, or move the container."
+            refused.append((name, error("stray-grant", name, f"container {missing}", "a container of this node", fix)))
+        elif network_of[grant.source] == network_of[grant.target]:
+            fix = "Within a network nothing has to be granted; revoke it."
+            where = f"both in {network_of[grant.source]}"
+            refused.append((name, error("needless-grant", name, where, "containers of two networks", fix)))
+        else:
+            good.append(grant)
+    return good, refused
 
 
 @lru_cache(maxsize=4096)

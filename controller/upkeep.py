@@ -57,16 +57,20 @@ class Upkeep:
             self.desired.leave_out()
             try_proof(self.desired.loaded.state)
 
-    def look(self, now: float, *, again: bool = False) -> Signal | None:
-        """What is new, if anything is. `again` reads the file whether it has changed or not."""
+    def look(self, now: float, clock: float, *, again: bool = False) -> Signal | None:
+        """What is new, if anything is. `again` reads the file whether it has changed or not.
+
+        `now` is of a monotonic clock; `clock` is the time of day, in seconds since the epoch, by which grants end.
+        """
         records = self._store.poll() if self._store is not None else None
         news = records is not None and records.revision != self.desired.records.revision
+        news = news or self.desired.due(clock)
         if not news and now < self._look_at and not again:
             return None
         if not news:
             self._look_at = now + WATCH_S
         try:
-            if self.desired.look(records if news else None, again=again):
+            if self.desired.look(records if news else None, clock, again=again):
                 return StateLoaded(self.desired.loaded.state, str(self.desired.path), whole=not news)
         except InvalidInput as exc:
             return StateRejected(str(self.desired.path), exc.problems)

@@ -136,7 +136,7 @@ class Agent:
                 await asyncio.sleep(AGAIN_S)
         else:
             return
-        self._desired.look(records)
+        self._desired.look(records, time.time())
         self._loaded = self._desired.loaded
 
     async def _want(self) -> None:
@@ -227,12 +227,13 @@ class Agent:
         records = self._store.records if self._store is not None else None
         again = reload.is_set()
         reload.clear()
-        if records is None or records.revision == self._desired.records.revision:
+        new = records is not None and records.revision != self._desired.records.revision
+        if not new and not self._desired.due(time.time()):
             if time.monotonic() < self._look_at and not again:
                 return
             self._look_at = time.monotonic() + RELOAD_S
         try:
-            if not await asyncio.to_thread(partial(self._desired.look, records, again=again)):
+            if not await asyncio.to_thread(partial(self._desired.look, records, time.time(), again=again)):
                 return
         except InvalidInput as exc:
             first = next(iter(exc.problems), None)

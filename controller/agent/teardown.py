@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from controller.agent.build import Parts, build
@@ -171,7 +172,7 @@ def _desired(settings: Settings) -> Loaded:
         return load(settings.state_file)
     store = Store(settings.store, Tls(*settings.store_tls) if settings.store_tls else None)
     try:
-        return Desired(settings.state_file, settings.node, store.start()).loaded
+        return Desired(settings.state_file, settings.node, store.start(), time.time()).loaded
     finally:
         store.close()
 

@@ -42,8 +42,30 @@ TABLE: Mapping[type[Record], str] = MappingProxyType(
 TYPE: Mapping[str, type[Record]] = MappingProxyType({table: kind for kind, table in TABLE.items()})
 _TIMES = ("created_at", "expires_at", "requested_at", "decided_at")
 _TEXT = frozenset(
-    "id name network node address driver template created_by public_key preshared_key source target reason requested_by "
-    "decided_by digest kind object who state answer idempotency_key".split()
+    [
+        "id",
+        "name",
+        "network",
+        "node",
+        "address",
+        "driver",
+        "template",
+        "created_by",
+        "public_key",
+        "preshared_key",
+        "source",
+        "target",
+        "reason",
+        "requested_by",
+        "decided_by",
+        "digest",
+        "kind",
+        "object",
+        "who",
+        "state",
+        "answer",
+        "idempotency_key",
+    ]
 )
 INDEXES: Mapping[str, Callable[[Any], tuple[tuple[str, ...], ...]]] = MappingProxyType(
     {

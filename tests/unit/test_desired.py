@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from controller.desired import Desired
 from controller.problems import InvalidInput
-from controller.records import ContainerRecord, Records, ServiceRecord
+from controller.records import ContainerRecord, GrantRecord, GrantState, Records, ServiceRecord
 from controller.statefile import load, read
 
 FILE = Path(__file__).parents[2] / "examples/oo1424oo.yaml"
@@ -118,3 +119,37 @@ def test_file_and_store_are_followed(tmp_path: Path) -> None:
         assert not desired.look() and desired.loaded is before
     assert desired.look(Records(2))
     assert not desired.loaded.refused
+
+
+def _grant(**changes: Any) -> GrantRecord:
+    base = GrantRecord("7", "202", "102", "tcp", 8080, "health", "a", 1.0, 60, GrantState.APPROVED, "b", 10.0, 70.0, 1)
+    return replace(base, **changes)
+
+
+def test_a_grant_is_there_from_its_approval_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "node.yaml"
+    _write(path, FILE.read_text(), 1)
+    desired = Desired(path, "n1", Records(1, grants=(_grant(state=GrantState.REQUESTED),)), 20.0)
+    assert desired.loaded.state.grants == () and desired.loaded.until is None
+    assert desired.look(Records(2, grants=(_grant(),)), 20.0)
+    assert [(one.source, one.target, one.port) for one in desired.loaded.state.grants] == [("202", "102", 8080)]
+    assert desired.loaded.until == 70.0 and "grant/7" in desired.loaded.stored
+    before = desired.loaded.state.digest
+    assert not desired.look(None, 69.9)
+    assert desired.look(None, 70.0)
+    assert desired.loaded.state.grants == () and desired.loaded.state.digest != before
+    assert not desired.look(None, 71.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"), [({"source": "299"}, "stray-grant"), ({"target": "201"}, "needless-grant")]
+)
+def test_a_grant_that_cannot_be_is_refused(changes: dict[str, str], code: str) -> None:
+    loaded = read(FILE).with_records(Records(1, grants=(_grant(**changes),)), "n1", 20.0)
+    assert [(name, problem.code) for name, problem in loaded.refused] == [("grant/7", code)]
+    assert loaded.state.grants == ()
+
+
+def test_grants_of_other_nodes_are_not_ours() -> None:
+    loaded = read(FILE).with_records(Records(1, grants=(_grant(source="298", target="198"),)), "n1", 20.0)
+    assert loaded.refused == () and loaded.state.grants == ()
