@@ -36,6 +36,7 @@ STATE_DIR = Path("/var/lib/bulkhead")
 @click.option("--port", type=click.IntRange(0, 65535), default=9573, show_default=True, help="On loopback; 0 for none.")
 @click.option("--certificate", type=click.Path(path_type=Path), help="For the container's address: PEM.")
 @click.option("--private-key", type=click.Path(path_type=Path), help="Its private key, PEM.")
+@click.option("--mcp-approve", is_flag=True, help="Offer tools that approve and deny grants by MCP too.")
 @click.option("-v", "--verbose", is_flag=True, help="Log every event to standard error too.")
 @guarded
 def api(
@@ -49,6 +50,7 @@ def api(
     port: int,
     certificate: Path | None,
     private_key: Path | None,
+    mcp_approve: bool,
     verbose: bool,
 ) -> None:
     """Serve the HTTP API for a state FILE, in the foreground. Needs no privileges.
@@ -76,5 +78,6 @@ def api(
             agent_events=agent_events.absolute(),
             certificate=certificate,
             private_key=private_key,
+            mcp_approve=mcp_approve,
         )
     )

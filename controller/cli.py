@@ -6,6 +6,7 @@ never a traceback. The controller's modules are imported by its own command only
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -19,14 +20,20 @@ from rich.console import Console
 from rich.markup import escape
 
 from controller import agentcli, apicli, eventview
+from controller.apiterm import use_api, where_options
 from controller.asking import ask
 from controller.checkcli import check
+from controller.client import Where
 from controller.compile import BridgeCompiler, Compiled, Names, planned_ports
+from controller.completioncli import completion
+from controller.containercli import COMMANDS as CONTAINER_COMMANDS
 from controller.eventread import Filter, follow, last_seq, read
 from controller.events import Kind, Record, encode
 from controller.eventverify import verify
 from controller.firewallcli import firewall
+from controller.grantcli import grant
 from controller.hostcli import verify as verify_host
+from controller.mcpcli import mcp
 from controller.model import BridgeKind, DesiredState
 from controller.pipeline import table_name
 from controller.problems import BulkheadError
@@ -47,6 +54,7 @@ from controller.terminal import (
     run_dir_option,
     say,
 )
+from controller.tokencli import token
 from controller.verify.gate import try_proof
 from controller.vpncli import vpn
 from lab.cli import lab
@@ -66,7 +74,8 @@ main.add_command(firewall)
 main.add_command(vpn)
 main.add_command(store)
 main.add_command(apicli.api)
-for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS):
+main.add_command(completion)
+for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS, *CONTAINER_COMMANDS, grant, token, mcp):
     main.add_command(command)
 
 
@@ -365,10 +374,12 @@ def flows(bridges: tuple[str, ...], run_dir: Path, as_json: bool) -> None:
 @click.option("--bridge", "bridge_names", multiple=True)
 @click.option("--verify", "verifying", is_flag=True, help="Check numbers and hashes; exit 1 if any is wrong.")
 @click.option("--host", is_flag=True, help="The agent's log instead of the controller's: what it did to the host.")
+@click.option("--all", "joining", is_flag=True, help="Controller, agent and API as one, by the API.")
 @agentcli.state_dir_option
 @json_option
-@guarded
+@where_options
 def events(
+    where: Where,
     events_dir: Path,
     following: bool,
     last: int | None,
@@ -380,10 +391,20 @@ def events(
     bridge_names: tuple[str, ...],
     verifying: bool,
     host: bool,
+    joining: bool,
     state_dir: Path,
     as_json: bool,
 ) -> None:
-    """Show the flow event log, or with --host the agent's."""
+    """Show the flow event log; with --host the agent's, with --all those two and the API's as one."""
+    if joining:
+        if host or verifying or until or bridge_names:
+            raise BulkheadError(
+                "--host, --verify, --until and --bridge are of one log's files; leave them out with --all"
+            )
+        _moment("--since", since)
+        wanted_by_api: dict[str, object] = {"kind": kinds, "network": networks, "container": containers, "since": since}
+        _show_joined(where, last, following, wanted_by_api, as_json)
+        return
     if host:
         events_dir = state_dir / "events"
     if verifying:
@@ -413,6 +434,19 @@ def events(
             if record.is_notice or wanted.accepts(record):
                 show(record)
                 sys.stdout.flush()
+
+
+def _show_joined(where: Where, last: int | None, following: bool, wanted: dict[str, object], as_json: bool) -> None:
+    from controller import joinedevents
+
+    if following and last is None and not wanted["since"]:
+        last = 10
+    colour = sys.stdout.isatty()
+    width = Console().width if colour else None
+    with use_api(where, as_json) as api:
+        for event in joinedevents.joined(api, last=last, following=following, wanted=wanted):
+            text = json.dumps(event, ensure_ascii=False) if as_json else joinedevents.line(event, colour, width)
+            click.echo(text)
 
 
 def _moment(option: str, text: str | None) -> datetime | None:

@@ -11,11 +11,13 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Route
 
 from controller.api import clients, containers, grants, history, models, operationroutes, questions, tokens
 from controller.api.audit import Audit
 from controller.api.context import Context, made
 from controller.api.guard import Guard
+from controller.api.mcpserve import Endpoint
 from controller.api.operations import Kind, Operations
 from controller.api.problem import MEDIA_TYPE, ApiProblem, Fault
 from controller.api.routes import PUBLIC, Routes
@@ -23,7 +25,7 @@ from controller.api.settings import Settings
 from controller.api.view import View
 from controller.events import Event
 from controller.events import Kind as EventKind
-from controller.records import GrantState, OperationRecord, key
+from controller.records import GrantState, OperationRecord, Scope, key
 from controller.store import Store
 
 LOG = logging.getLogger("bulkhead.api")
@@ -49,6 +51,9 @@ class Api:
         self.context = Context(settings, view, self.operations, self.routes)
         self._register()
         self.guard = Guard(self.app, self.routes, lambda: view.records.tokens, audit, settings.limits)
+        self.mcp = Endpoint(self.guard.within, approving=settings.mcp_approve)
+        self.app.router.routes.append(Route("/mcp", self.mcp))
+        self.routes.declare("*", "/mcp", Scope.READ)
 
     def check(self) -> None:
         """That every route says what scope it needs. Raises `BulkheadError`."""

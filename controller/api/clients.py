@@ -45,7 +45,7 @@ def routes(api: Context) -> None:
         Its configuration is in this answer and nowhere else.
         """
         who = api.principal(request)
-        server, endpoint, server_key = _server(api)
+        server, endpoint, server_key = _server(api, wanted.endpoint)
 
         def function(change: Change) -> Target:
             _free(change.records, view.node, wanted.name)
@@ -94,19 +94,31 @@ def routes(api: Context) -> None:
         )
 
 
-def _server(api: Context) -> tuple[VpnServer, Endpoint, str]:
+def _server(api: Context, dialled: str | None) -> tuple[VpnServer, Endpoint, str]:
     """The VPN server, where clients dial, and its public key. Raises `ApiProblem`."""
     server = api.view.declared.host.vpn
     if server is None:
         detail = f"{api.view.declared.file} declares no VPN server; declare one under wireguard.vpn_server."
         raise ApiProblem("no-vpn-server", detail)
-    if server.endpoint is None:
-        detail = "Nobody says where clients connect to; write wireguard.vpn_server.endpoint: HOST:PORT."
+    endpoint = _endpoint(dialled) if dialled is not None else server.endpoint
+    if endpoint is None:
+        detail = (
+            "Nobody says where clients connect to; send endpoint (--endpoint HOST:PORT), or write "
+            "wireguard.vpn_server.endpoint: HOST:PORT."
+        )
         raise ApiProblem("no-vpn-server", detail)
     try:
-        return server, server.endpoint, vpnpool.server_public_key(api.settings.run_dir)
+        return server, endpoint, vpnpool.server_public_key(api.settings.run_dir)
     except BulkheadError as exc:
         raise ApiProblem("unavailable", f"{exc}.", headers={"Retry-After": "5"}) from exc
+
+
+def _endpoint(text: str) -> Endpoint:
+    host, _, port = text.rpartition(":")
+    if int(port) > 65535:
+        fault = Fault("endpoint", text, "a port up to 65535", "Send HOST:PORT.")
+        raise ApiProblem("invalid", f"endpoint: {fault.fix}", [fault])
+    return Endpoint(host, int(port))
 
 
 def _free(records: Records, node: str, name: str) -> None:

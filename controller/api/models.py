@@ -286,6 +286,13 @@ class AddClient(_In):
     model_config = ConfigDict(json_schema_extra={"examples": [{"name": "laptop"}]})
 
     name: Label
+    endpoint: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]{0,252}:[1-9][0-9]{0,4}$",
+            description="HOST:PORT that the client dials, where it is not the declared one.",
+        ),
+    ] = None
 
 
 class Client(_Out):

@@ -269,7 +269,8 @@ class Process:
             view = View(settings.state_file, settings.node, records)
             api = Api(settings, store, view, audit)
             api.check()
-            await self._serve(api, store, audit)
+            async with api.mcp.run():
+                await self._serve(api, store, audit)
         finally:
             await asyncio.to_thread(store.close)
             audit.close()

@@ -46,7 +46,7 @@ class Limits:
 class Settings:
     """`run_dir` is shared with agent and controller; `state_dir` is the API's own and has its event log and certificate.
 
-    `port` is that of the loopback listener, 0 for none.
+    `port` is that of the loopback listener, 0 for none; with `mcp_approve` grants may be decided by MCP tools too.
     """
 
     state_file: Path
@@ -59,6 +59,7 @@ class Settings:
     agent_events: Path = STATE_DIR / "agent" / "events"
     certificate: Path | None = None
     private_key: Path | None = None
+    mcp_approve: bool = False
     limits: Limits = Limits()
 
     @property

@@ -35,14 +35,16 @@ RANKS = (
     ("core",),
     ("upkeep",),
     ("hub", "wire", "unixsocket"),
-    ("asking", "api_socket"),
+    ("asking", "api_socket", "client"),
     ("api",),
     ("link", "listen", "ovsdb", "control"),
     ("shell",),
     ("terminal", "storeoptions"),
+    ("apiterm", "joinedevents"),
     ("agent",),
     ("lab",),
     ("apicli", "checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli", "storecli"),
+    ("containercli", "grantcli", "tokencli", "completioncli", "mcpcli"),
     ("cli",),
     ("__main__",),
 )
@@ -79,6 +81,8 @@ APART = {
         *("problems", "records", "statefile", "store", "unixsocket", "vpnpool", "wgkeys"),
     },
     "ofrules": {"model", "problems", "ofparse"},
+    "client": {"problems"},
+    "apiterm": {"client", "problems", "terminal"},
 }
 
 
