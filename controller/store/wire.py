@@ -359,6 +359,9 @@ class Session:
             pass
         except ssl.SSLError as exc:
             self._drop(f"{self.remote}: {exc.reason}")
+            return
+        self._out += self._bio_out.read()  # TLS has things of its own to say
+        self._flush()
 
     def _parse(self) -> None:
         # A message that is not whole yet does not end so, mostly; it is looked at again when there is more.
