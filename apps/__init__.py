@@ -1,7 +1,7 @@
 """The apps: one per concern of the pipeline, each a pure function from a snapshot to flows.
 
-An app yields flows for the network as a whole (`shared`), for each member (`member`) and for each rule of the state
-file (`rule`). It sees nothing else, keeps nothing, and talks to no switch. Apps import the pipeline, `base` and `learning`,
+An app yields flows for the network as a whole (`shared`), for each member (`member`), for each rule of the state
+file (`rule`), for each passage (`passage`) and for what grants open for a member (`crossing`). It sees nothing else, keeps nothing, and talks to no switch. Apps import the pipeline, `base` and `learning`,
 never each other and never os-ken.
 """
 
@@ -10,6 +10,7 @@ from apps.base import App
 from apps.crossover import Crossover
 from apps.egress import Egress
 from apps.forwarding import Forwarding
+from apps.grants import Grants
 from apps.isolation import Isolation
 from apps.neighbour import Neighbour
 from apps.output_guard import OutputGuard
@@ -22,6 +23,7 @@ SOCKET_APPS: tuple[App, ...] = (
     Admission(),
     SpoofGuard(),
     Neighbour(),
+    Grants(),
     Isolation(),
     Services(),
     ReturnPath(),

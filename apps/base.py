@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from controller.flow import Flow
-from controller.frame import Frame, Placed, PlacedRule, cookie
+from controller.frame import Frame, Placed, PlacedCrossings, PlacedPassage, PlacedRule, cookie
 from controller.model import Member
 from controller.pipeline import Table
 
@@ -36,6 +36,14 @@ class App:
 
     def rule(self, frame: Frame, rule: PlacedRule) -> Iterator[Flow]:
         """Flows of one rule of the state file."""
+        yield from ()
+
+    def passage(self, frame: Frame, passage: PlacedPassage) -> Iterator[Flow]:
+        """Flows of a passage to another bridge, whatever is open over it."""
+        yield from ()
+
+    def crossing(self, frame: Frame, crossings: PlacedCrossings) -> Iterator[Flow]:
+        """Flows of what grants open for one member."""
         yield from ()
 
     def own(self, name: str) -> int:

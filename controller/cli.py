@@ -6,6 +6,7 @@ never a traceback. The controller's modules are imported by its own command only
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -18,21 +19,28 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from controller import agentcli, eventview
+from controller import agentcli, apicli, eventview
+from controller.apiterm import use_api, where_options
 from controller.asking import ask
 from controller.checkcli import check
+from controller.client import Where
 from controller.compile import BridgeCompiler, Compiled, Names, planned_ports
+from controller.completioncli import completion
+from controller.containercli import COMMANDS as CONTAINER_COMMANDS
 from controller.eventread import Filter, follow, last_seq, read
 from controller.events import Kind, Record, encode
 from controller.eventverify import verify
 from controller.firewallcli import firewall
+from controller.grantcli import grant
 from controller.hostcli import verify as verify_host
+from controller.mcpcli import mcp
 from controller.model import BridgeKind, DesiredState
 from controller.pipeline import table_name
 from controller.problems import BulkheadError
 from controller.proofcli import COMMANDS as PROOF_COMMANDS
 from controller.statefile import load
 from controller.storecli import store
+from controller.storeoptions import StoreOptions, store_options
 from controller.terminal import (
     NO,
     UNKNOWN,
@@ -46,6 +54,7 @@ from controller.terminal import (
     run_dir_option,
     say,
 )
+from controller.tokencli import token
 from controller.verify.gate import try_proof
 from controller.vpncli import vpn
 from lab.cli import lab
@@ -64,7 +73,9 @@ main.add_command(verify_host)
 main.add_command(firewall)
 main.add_command(vpn)
 main.add_command(store)
-for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS):
+main.add_command(apicli.api)
+main.add_command(completion)
+for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS, *CONTAINER_COMMANDS, grant, token, mcp):
     main.add_command(command)
 
 
@@ -157,14 +168,15 @@ def _print_ofctl(compiled: Compiled, names: Names) -> None:
 @agentcli.state_dir_option
 @agentcli.ovsdb_option
 @json_option
+@store_options
 @guarded
-def plan(file: Path, run_dir: Path, state_dir: Path, ovsdb: str, as_json: bool) -> None:
+def plan(file: Path, run_dir: Path, state_dir: Path, ovsdb: str, as_json: bool, store: StoreOptions) -> None:
     """Show what a state FILE would change on this host and in its switches; exit 1 if anything. Changes nothing.
 
     The host's part needs root; the flows' part needs the running controller. What cannot be told is said.
     """
     try_proof(load(file).state)  # every problem, before asking
-    host, no_host = _planned_host(file, run_dir, state_dir, ovsdb)
+    host, no_host = _planned_host(file, run_dir, state_dir, ovsdb, store.or_local(run_dir))
     flows, no_flows = _planned_flows(file, run_dir)
     if as_json:
         print_json({"host": host, "bridges": flows} | ({"unknown": list(filter(None, (no_host, no_flows)))}))
@@ -181,11 +193,13 @@ def plan(file: Path, run_dir: Path, state_dir: Path, ovsdb: str, as_json: bool) 
         sys.exit(NO)
 
 
-def _planned_host(file: Path, run_dir: Path, state_dir: Path, ovsdb: str) -> tuple[list[dict[str, str]] | None, str]:
+def _planned_host(
+    file: Path, run_dir: Path, state_dir: Path, ovsdb: str, store: StoreOptions
+) -> tuple[list[dict[str, str]] | None, str]:
     if os.geteuid() != 0:
         return None, "the host's part of the plan needs root; run this with sudo"
     try:
-        return agentcli.plan_host(file, run_dir, state_dir, ovsdb), ""
+        return agentcli.plan_host(file, run_dir, state_dir, ovsdb, store), ""
     except BulkheadError as exc:
         return None, f"the host's part of the plan cannot be told: {exc}"
 
@@ -220,10 +234,12 @@ def _print_plan(bridge: dict[str, Any]) -> None:
 @click.option("--certificate", type=click.Path(path_type=Path), help="For ssl: our certificate, PEM.")
 @click.option("--ca-cert", type=click.Path(path_type=Path), help="For ssl: the CA that switches' certificates are of.")
 @click.option("--ovsdb", default=OVSDB, show_default=True, help="Where to read bridges' names and settings; '' to not.")
+@click.option("--socket-group", type=int, help="The number of a group that may ask how everything is: the API's.")
 @click.option("--seal", is_flag=True, help="Drop all from a port whose packets leak by foreign flows, until cleared.")
 @click.option("-v", "--verbose", is_flag=True, help="Log every event to standard error too.")
 @run_dir_option
 @events_dir_option
+@store_options
 @guarded
 def controller(
     file: Path,
@@ -232,10 +248,12 @@ def controller(
     certificate: Path | None,
     ca_cert: Path | None,
     ovsdb: str,
+    socket_group: int | None,
     seal: bool,
     verbose: bool,
     run_dir: Path,
     events_dir: Path,
+    store: StoreOptions,
 ) -> None:
     """Run the OpenFlow controller for a state FILE, in the foreground.
 
@@ -252,7 +270,10 @@ def controller(
         raise BulkheadError("--private-key, --certificate and --ca-cert go together; give all three")
     tls = Tls(private_key, certificate, ca_cert) if private_key and certificate and ca_cert else None
     addresses = tuple(parse(text, tls) for text in listen)
-    shell.serve(shell.Settings(file, addresses, run_dir, events_dir, ovsdb or None, seal))
+    settings = shell.Settings(
+        file, addresses, run_dir, events_dir, ovsdb or None, seal, store.addresses, store.tls, store.node, socket_group
+    )
+    shell.serve(settings)
 
 
 @main.command()
@@ -353,10 +374,12 @@ def flows(bridges: tuple[str, ...], run_dir: Path, as_json: bool) -> None:
 @click.option("--bridge", "bridge_names", multiple=True)
 @click.option("--verify", "verifying", is_flag=True, help="Check numbers and hashes; exit 1 if any is wrong.")
 @click.option("--host", is_flag=True, help="The agent's log instead of the controller's: what it did to the host.")
+@click.option("--all", "joining", is_flag=True, help="Controller, agent and API as one, by the API.")
 @agentcli.state_dir_option
 @json_option
-@guarded
+@where_options
 def events(
+    where: Where,
     events_dir: Path,
     following: bool,
     last: int | None,
@@ -368,10 +391,20 @@ def events(
     bridge_names: tuple[str, ...],
     verifying: bool,
     host: bool,
+    joining: bool,
     state_dir: Path,
     as_json: bool,
 ) -> None:
-    """Show the flow event log, or with --host the agent's."""
+    """Show the flow event log; with --host the agent's, with --all those two and the API's as one."""
+    if joining:
+        if host or verifying or until or bridge_names:
+            raise BulkheadError(
+                "--host, --verify, --until and --bridge are of one log's files; leave them out with --all"
+            )
+        _moment("--since", since)
+        wanted_by_api: dict[str, object] = {"kind": kinds, "network": networks, "container": containers, "since": since}
+        _show_joined(where, last, following, wanted_by_api, as_json)
+        return
     if host:
         events_dir = state_dir / "events"
     if verifying:
@@ -401,6 +434,19 @@ def events(
             if record.is_notice or wanted.accepts(record):
                 show(record)
                 sys.stdout.flush()
+
+
+def _show_joined(where: Where, last: int | None, following: bool, wanted: dict[str, object], as_json: bool) -> None:
+    from controller import joinedevents
+
+    if following and last is None and not wanted["since"]:
+        last = 10
+    colour = sys.stdout.isatty()
+    width = Console().width if colour else None
+    with use_api(where, as_json) as api:
+        for event in joinedevents.joined(api, last=last, following=following, wanted=wanted):
+            text = json.dumps(event, ensure_ascii=False) if as_json else joinedevents.line(event, colour, width)
+            click.echo(text)
 
 
 def _moment(option: str, text: str | None) -> datetime | None:

@@ -14,7 +14,20 @@ from dataclasses import dataclass, field, replace
 from apps import APP_NAMES, MESH_APP, SOCKET_APPS
 from controller.fields import IN_PORT_FIELD
 from controller.flow import Cookie, Flow, FlowKey, Match
-from controller.frame import LOCAL_NAME, Frame, Placed, PlacedRule, Port, cookie, frame_of, object_id
+from controller.frame import (
+    LOCAL_NAME,
+    Frame,
+    Placed,
+    PlacedCrossing,
+    PlacedCrossings,
+    PlacedPassage,
+    PlacedRule,
+    Port,
+    cookie,
+    frame_of,
+    object_id,
+)
+from controller.grants import crossings, passage_ports, zones
 from controller.model import Bridge, BridgeKind, DesiredState, Member, Network
 from controller.pipeline import ADMIT, CANARY, Band
 from controller.problems import BulkheadError
@@ -31,8 +44,9 @@ UNDECLARED_FLOW = ADMIT.flow(Band.MISS, cookie(UNDECLARED_APP, "bridge"))
 
 Ports = Mapping[str, Port]
 _PartKey = tuple[str, str]
-_Part = Placed | Member | PlacedRule | Frame
-"""What flows are made of: a member with its port, one that is away, a rule, or the network as a whole."""
+_Part = Placed | Member | PlacedRule | PlacedPassage | PlacedCrossings | Frame
+"""What flows are made of: a member with its port, one that is away, a rule, a passage, what grants open for a member, or
+the network as a whole."""
 
 
 class Conflict(BulkheadError):
@@ -167,11 +181,11 @@ class BridgeCompiler:
             return _compile_mesh(bridge, network, ports)
         frame = frame_of(state, network, ports, egress_up)
         try:
-            self._update(frame, dict(_inputs(frame, network, ports)))
+            self._update(frame, dict((*_inputs(frame, network, ports), *_granted(state, bridge, network, ports))))
         except Exception:
             self._forget()
             raise
-        missing = tuple(name for name in _wanted_ports(network) if name not in ports)
+        missing = tuple(name for name in _wanted_ports(state, bridge, network) if name not in ports)
         return Compiled(bridge, dict(self._flows), missing, frozenset(port.number for port in ports.values()))
 
     def _update(self, frame: Frame, inputs: dict[_PartKey, _Part]) -> None:
@@ -201,6 +215,10 @@ def _flows_of(frame: Frame, part: _Part) -> Iterator[Flow]:
                 yield from app.absent(frame, part)
             case PlacedRule():
                 yield from app.rule(frame, part)
+            case PlacedPassage():
+                yield from app.passage(frame, part)
+            case PlacedCrossings():
+                yield from app.crossing(frame, part)
             case Frame():
                 yield from app.shared(frame)
     if isinstance(part, Frame):
@@ -223,13 +241,34 @@ def _inputs(frame: Frame, network: Network, ports: Ports) -> Iterator[tuple[_Par
         yield ("rule", rule.path), PlacedRule(rule, in_port, out_port, receiver.mac if receiver else None)
 
 
-def _wanted_ports(network: Network) -> Iterator[str]:
+def _granted(
+    state: DesiredState, bridge: Bridge, network: Network, ports: Ports
+) -> Iterator[tuple[_PartKey, PlacedPassage | PlacedCrossings]]:
+    if not state.grants:
+        return
+    for peer, name in passage_ports(state, bridge.name).items():
+        if name in ports:
+            yield ("passage", peer), PlacedPassage(peer, ports[name].number)
+    zone = zones(state)[bridge.name]
+    for member_id, every in crossings(state, bridge.name).items():
+        member = network.member(member_id)
+        each = tuple(
+            PlacedCrossing(c.grant, c.opens, ports[c.passage].number, c.there.address, c.protocol, c.port)
+            for c in every
+            if c.passage in ports
+        )
+        if each and member.port in ports:
+            yield ("crossing", member_id), PlacedCrossings(member, ports[member.port].number, zone, each)
+
+
+def _wanted_ports(state: DesiredState, bridge: Bridge, network: Network) -> Iterator[str]:
     if network.egress is not None:
         yield network.egress.port
     if network.mesh is not None:
         yield network.mesh.port
     for member in network.members:
         yield member.port
+    yield from passage_ports(state, bridge.name).values()
 
 
 def _compile_mesh(bridge: Bridge, network: Network, ports: Ports) -> Compiled:
@@ -252,7 +291,7 @@ def planned_ports(state: DesiredState, bridge: Bridge) -> dict[str, Port]:
     if bridge.kind is BridgeKind.MESH and network.mesh is not None:
         names = [network.mesh.leg_port, network.mesh.far_port]
     else:
-        names = list(_wanted_ports(network))
+        names = list(_wanted_ports(state, bridge, network))
     ports = {name: Port(number, name, network.gateway_mac, True) for number, name in enumerate(names, start=1)}
     ports[LOCAL_NAME] = Port(0xFFFFFFFE, LOCAL_NAME, network.gateway_mac, True)
     return ports
@@ -282,6 +321,7 @@ _FIXED_OBJECTS = (
     "port/egress",
     "port/mesh",
     "port/host",
+    "port/passage",
     "port/unknown",
     "world/not",
     "kill-switch",
@@ -312,6 +352,8 @@ class Names:
 
 
 def _object_names(state: DesiredState) -> Iterator[str]:
+    for grant in state.grants:
+        yield f"grant/{grant.id}"
     for network in state.networks:
         yield f"network/{network.name}"
         for member in network.members:

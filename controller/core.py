@@ -211,6 +211,17 @@ class Core:
         named = [switch for switch in self.switches.values() if switch.name == name]
         return next((switch for switch in named if switch.bridge is not None), named[0] if named else None)
 
+    def waiting(self) -> dict[str, str]:
+        """Networks whose bridges do not all hold the flows they should, each with the reason."""
+        out = {}
+        for bridge in self.state.bridges:
+            switch = self.by_name(bridge.name)
+            if switch is None or switch.bridge is None:
+                out[bridge.network] = f"bridge {bridge.name} is not connected"
+            elif switch.flows.phase is not Phase.STEADY:
+                out[bridge.network] = f"bridge {bridge.name} has not confirmed its flows yet"
+        return out
+
     def _switch_error(self, error: SwitchError, now: float) -> Effects:
         return [self.wording.log(Kind.OPENFLOW_ERROR, error.text, self.switches.get(error.dpid))]
 
@@ -266,7 +277,7 @@ class Core:
         for dpid, compiled in desired.items():
             switch = self.switches[dpid]
             effects, applied = switch.flows.want(compiled, now)
-            if not effects and applied is None and switch.flows.phase is Phase.STEADY:
+            if loaded.whole and not effects and applied is None and switch.flows.phase is Phase.STEADY:
                 applied = switch.flows.unchanged()
             out += [*effects, *self._say_applied(switch, applied)]
         return out
@@ -386,10 +397,10 @@ class Core:
         return out
 
     def _note_egress(self, switch: Switch) -> Effects:
-        network = self.wording.network(switch)
-        if network is None or network.egress is None or switch.bridge is None:
+        if switch.bridge is None or switch.bridge.kind is not BridgeKind.SOCKET:
             return []
-        if switch.bridge.kind is not BridgeKind.SOCKET:
+        network = self.state.network(switch.bridge.network)  # of a state that may not be in force yet
+        if network.egress is None:
             return []
         port = switch.ports.get(network.egress.port)
         up = port is not None and port.up and network.name not in self._unhealthy

@@ -41,8 +41,8 @@ from controller.events import GENESIS, JSON, Event, GarbledRecord, Kind, Record,
 
 MIB: Final = 1024 * 1024
 MIN_SEGMENT_BYTES: Final = 4096
-NOISY: Final = frozenset({Kind.VIOLATION, Kind.PATH_LEARNED, Kind.PATH_EXPIRED})
-"""The kinds that whoever sends packets can cause at will."""
+NOISY: Final = frozenset({Kind.VIOLATION, Kind.PATH_LEARNED, Kind.PATH_EXPIRED, Kind.API_DENIED})
+"""The kinds that whoever sends packets or requests can cause at will."""
 
 # Kept free below the bound, so that the record which says what is removed still fits before it is removed.
 _SPARE: Final = 1024

@@ -78,7 +78,7 @@ def read(directory: Path, *, since_seq: int | None = None) -> Iterator[Record]:
 
     A line that cannot be read, or segments removed under a slow reader, give a notice (`Record.is_notice`).
     """
-    cursor = _Cursor(directory, since_seq)
+    cursor = Cursor(directory, since_seq)
     try:
         os.listdir(directory)
         yield from cursor.poll()
@@ -97,7 +97,7 @@ def follow(
     sleep: Callable[[float], None] = lambda seconds: _time.sleep(seconds),
 ) -> Iterator[Record]:
     """Like `read`, and then what comes, until `stop`. The directory need not exist yet. Raises `EventLogError`."""
-    cursor = _Cursor(directory, since_seq)
+    cursor = Cursor(directory, since_seq)
     try:
         while not stop():
             for record in cursor.poll():
@@ -111,7 +111,7 @@ def follow(
         cursor.close()
 
 
-class _Cursor:
+class Cursor:
     """A reader's place in a log: the open segment, the offset of the next whole line, and the last number seen.
 
     Only whole lines are consumed. An unfinished one is read again from its start, since a writer may yet finish it

@@ -57,6 +57,12 @@ class Kind(StrEnum):
     HOST_READY = "host_ready"
     TUNNEL_UP = "tunnel_up"
     TUNNEL_DOWN = "tunnel_down"
+    API_STARTED = "api_started"
+    API_STOPPED = "api_stopped"
+    API_CHANGE = "api_change"
+    API_DENIED = "api_denied"
+    SERVICE_UP = "service_up"
+    SERVICE_DOWN = "service_down"
     LOST = "lost"
     INTERNAL_ERROR = "internal_error"
 
@@ -84,6 +90,8 @@ _WARNINGS: Final = frozenset(
         Kind.HOST_HEALED,
         Kind.HOST_ERROR,
         Kind.TUNNEL_DOWN,
+        Kind.API_DENIED,
+        Kind.SERVICE_DOWN,
         Kind.LOST,
     }
 )

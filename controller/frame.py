@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from controller.flow import Cookie
-from controller.model import DesiredState, Ipv4, Mac, Member, Network, Prefix, Rule
+from controller.model import DesiredState, Ipv4, Mac, Member, Network, Prefix, Protocol, Rule
 
 LOCAL_NAME = "LOCAL"
 
@@ -52,6 +52,39 @@ class PlacedVpn:
     member: Member
     port: int
     udp_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedPassage:
+    """A passage: the number of the port of this bridge that leads to `peer`."""
+
+    peer: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedCrossing:
+    """One opening of a member: with `there`, an address of another network, reached by port `passage`.
+
+    `opens` says that connections begin with the member here; otherwise they are for its `port`.
+    """
+
+    grant: str
+    opens: bool
+    passage: int
+    there: Ipv4
+    protocol: Protocol
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedCrossings:
+    """All openings of a member of this bridge, whose connections are kept in `zone`."""
+
+    member: Member
+    port: int
+    zone: int
+    each: tuple[PlacedCrossing, ...]
 
 
 @dataclass(frozen=True, slots=True)

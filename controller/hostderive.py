@@ -13,6 +13,8 @@ from dataclasses import replace
 from controller.hostmodel import (
     MTU_DEFAULT,
     WARP_MTU,
+    Api,
+    Check,
     Container,
     Datapath,
     Driver,
@@ -68,8 +70,16 @@ def with_resolver(notes: Notes, network: Network, spec: StateSpec) -> Network:
     return replace(network, members=(*network.members, member))
 
 
-def derive_host(notes: Notes, spec: StateSpec, networks: Sequence[Network]) -> HostState:
-    """What of the host the file asks for."""
+def derive_host(
+    notes: Notes,
+    spec: StateSpec,
+    networks: Sequence[Network],
+    containers: Sequence[tuple[str, ContainerSpec]],
+    *,
+    whole: bool = True,
+) -> HostState:
+    """What of the host is asked for. `containers` are all of them, each with its path; unless it is `whole` some may be
+    missing for another reason."""
     legs = tuple(_legs(notes, spec, networks))
     zones = tuple(_zones(notes, spec, networks))
     return HostState(
@@ -81,10 +91,12 @@ def derive_host(notes: Notes, spec: StateSpec, networks: Sequence[Network]) -> H
             for net in networks
             if net.mesh is not None
         ),
-        containers=tuple(_containers(notes, spec, networks, {zone.network: zone.address for zone in zones})),
+        containers=tuple(_containers(notes, containers, networks, {zone.network: zone.address for zone in zones})),
         vpn=_vpn(notes, spec, networks, zones),
         zones=zones,
         firewall=_firewall(notes, spec, networks),
+        api=_api(notes, spec, networks, whole=whole),
+        checks=tuple(_checks(notes, networks, containers)),
     )
 
 
@@ -158,8 +170,9 @@ def _mesh(notes: Notes, path: str, joined: NetmakerNetwork, network: Network) ->
     assert network.mesh is not None
     for index, peer in enumerate(joined.peers):
         for prefix in peer.allowed_ips:
-            if any(member.address in prefix for member in network.members) and prefix.length == 32:
-                fix = "That address is a container's here; a peer cannot have it too."
+            here = next((one for one in network.members if one.address in prefix and prefix.length == 32), None)
+            if here is not None:
+                fix = f"That address is here, with container {here.id}; a peer cannot have it too."
                 where = f"{path}.peers[{index}].allowed_ips"
                 notes.error("duplicate-address", where, str(prefix), "addresses of elsewhere", fix)
     joins = joined.server is not None and joined.token_file is not None
@@ -208,9 +221,12 @@ def _disjoint_peers(notes: Notes, path: str, peers: Sequence[PeerSpec]) -> None:
 
 
 def _containers(
-    notes: Notes, spec: StateSpec, networks: Sequence[Network], resolvers: dict[str, Ipv4]
+    notes: Notes,
+    containers: Sequence[tuple[str, ContainerSpec]],
+    networks: Sequence[Network],
+    resolvers: dict[str, Ipv4],
 ) -> Iterator[Container]:
-    specs = {one.id: (f"lxc.containers[{index}]", one) for index, one in enumerate(spec.lxc.containers)}
+    specs = {one.id: (path, one) for path, one in containers}
     for network in networks:
         resolver = resolvers.get(network.name)
         dns = (resolver,) if resolver is not None else ()
@@ -311,7 +327,7 @@ def _firewall(notes: Notes, spec: StateSpec, networks: Sequence[Network]) -> Fir
             fix = "The host does not take part in that network, and must not trust what comes from it; remove it."
             where = f"{path}.trustedInterfaces[{index}]"
             notes.error("untrusted", where, f"{name} of {private[name]}", "a network the host takes part in", fix)
-    local = tuple(port for port in declared.allowedTCPPorts if port in API_PORTS)
+    local = tuple(port for port in declared.allowedTCPPorts if port in (*API_PORTS, spec.api.port))
     for port in local:
         where = f"{path}.allowedTCPPorts[{declared.allowedTCPPorts.index(port)}]"
         fix = "Reachable from loopback and trusted interfaces alone: whoever reaches it controls the node."
@@ -323,3 +339,63 @@ def _firewall(notes: Notes, spec: StateSpec, networks: Sequence[Network]) -> Fir
         local_tcp=tuple(dict.fromkeys(local)),
         trusted=tuple(dict.fromkeys(declared.trustedInterfaces)),
     )
+
+
+# The API, and the health of services.
+
+
+def _api(notes: Notes, spec: StateSpec, networks: Sequence[Network], *, whole: bool) -> Api:
+    declared = spec.api
+    api = Api(
+        port=declared.port,
+        self_approval=declared.self_approval,
+        certificate=declared.certificate,
+        private_key=declared.private_key,
+    )
+    if (api.certificate is None) != (api.private_key is None):
+        missing = "certificate" if api.certificate is None else "private_key"
+        fix = "A certificate and its private key belong together; write both, or neither."
+        notes.error("missing-key", f"api.{missing}", "nothing", f"the key {missing}", fix)
+    found = _api_member(spec, networks)
+    if found is None:
+        if declared.container is not None and whole:
+            fix = "Name the id of a container of a network without an egress, or null."
+            notes.error("api-container", "api.container", declared.container, "a declared container", fix)
+        return api
+    network, member = found
+    if network.egress is not None:
+        was = f"container {member.id} of {network.name}"
+        fix = "Everybody whose traffic leaves by that network could try to get in; choose one of the control plane."
+        notes.error("api-exposed", "api.container", was, "a container of a network without an egress", fix)
+        return api
+    return replace(api, container_id=member.id, address=member.address)
+
+
+def _api_member(spec: StateSpec, networks: Sequence[Network]) -> tuple[Network, Member] | None:
+    """The container it is told, or the only one that offers it as a service, on a network without an egress."""
+    everyone = [(network, member) for network in networks for member in network.members]
+    if "container" in spec.api.model_fields_set:
+        return next((pair for pair in everyone if pair[1].id == spec.api.container), None)
+    offers = [
+        (network, member)
+        for network, member in everyone
+        if network.egress is None
+        and any((one.name.lower(), one.protocol, one.port) == ("api", "tcp", spec.api.port) for one in member.services)
+    ]
+    return offers[0] if len(offers) == 1 else None
+
+
+def _checks(
+    notes: Notes, networks: Sequence[Network], containers: Sequence[tuple[str, ContainerSpec]]
+) -> Iterator[Check]:
+    members = {member.id: member for network in networks for member in network.members}
+    for path, one in containers:
+        for number, service in enumerate(one.properties.services):
+            if service.check is None:
+                continue
+            if service.protocol != "tcp":
+                fix = "Whether anybody listens cannot be told by UDP; remove check."
+                where = f"{path}.properties.services[{number}].check"
+                notes.error("check-mismatch", where, f"a check of a {service.protocol} service", "none", fix)
+            elif one.running and one.id in members:
+                yield Check(one.id, service.name, members[one.id].address, service.port, service.check)

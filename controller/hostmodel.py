@@ -172,6 +172,38 @@ class Firewall:
 
 
 @dataclass(frozen=True, slots=True)
+class Check:
+    """How the health of a service is found out: `check` is `tcp`, a connection, or `http:/PATH`, an answer below 400."""
+
+    container_id: str
+    service: str
+    address: Ipv4
+    port: int
+    check: str
+
+    @property
+    def key(self) -> str:
+        """`102/xray`."""
+        return f"{self.container_id}/{self.service}"
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """The HTTP API. It listens on `port` of container `container_id`, at `address`, as well; nowhere but on the host
+    itself without a container. `certificate` and `private_key` are PEM files for there.
+
+    With `self_approval` whoever has asked for a grant may approve it too.
+    """
+
+    container_id: str | None = None
+    address: Ipv4 | None = None
+    port: int = 9573
+    self_approval: bool = False
+    certificate: Path | None = None
+    private_key: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class HostState:
     """Everything the agent builds on this host, beside the bridges that `DesiredState` names.
 
@@ -187,6 +219,8 @@ class HostState:
     vpn: VpnServer | None = None
     zones: tuple[Zone, ...] = ()
     firewall: Firewall | None = None
+    api: Api = Api()
+    checks: tuple[Check, ...] = ()
 
     def container(self, member_id: str) -> Container:
         """The container that is that member. Raises `KeyError`."""

@@ -234,12 +234,27 @@ class Bridge:
 
 
 @dataclass(frozen=True, slots=True)
+class Grant:
+    """An approved crossing: the member `source` may open connections to `port` of the member `target` of another network.
+
+    Members are named by id. What it opens is decided by `controller.grants`.
+    """
+
+    id: str
+    source: str
+    target: str
+    protocol: Protocol
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
 class DesiredState:
     """Everything one node should be. `digest` names it in events and in `status`."""
 
     networks: tuple[Network, ...] = ()
     bridges: tuple[Bridge, ...] = ()
     digest: str = field(default="", compare=False)
+    grants: tuple[Grant, ...] = ()
 
     def network(self, name: str) -> Network:
         """The network of that name. Raises `KeyError`."""

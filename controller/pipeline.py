@@ -4,7 +4,7 @@ A flow is only ever made by its table (`ISOLATE.flow(...)`), which refuses what 
 app is an error at compile time and not a hole. The miss of every table is drop; NORMAL appears nowhere.
 
 Registers: ROLE says what the packet came in by, OUT where it is to go (16-bit port number), KIND which violation it
-is, RETURNED that a learned return path has chosen OUT. Imports model, fields and flow.
+is, RETURNED that a learned return path has chosen OUT, GRANTED which grant lets it cross. Imports model, fields and flow.
 """
 
 from __future__ import annotations
@@ -15,13 +15,28 @@ from typing import NamedTuple
 
 from controller import fields
 from controller.fields import BY_NAME, Field
-from controller.flow import Action, Bits, Flow, Learn, Match, Move, Output, Resubmit, SetField, match_item, whole
+from controller.flow import (
+    Action,
+    Bits,
+    Ct,
+    DecTtl,
+    Flow,
+    Learn,
+    Match,
+    Move,
+    Output,
+    Resubmit,
+    SetField,
+    match_item,
+    whole,
+)
 from controller.model import Role
 from controller.problems import PipelineError
 
 MatchValue = int | tuple[int, int]
 
 ROLE, OUT, KIND, RETURNED = fields.REGS[:4]
+GRANTED = fields.REGS[5]
 
 LOCAL_OUT = 0xFFFE
 """The host's port as OUT holds it: port numbers are kept in 16 bits, as `learn` can copy them."""
@@ -133,6 +148,8 @@ class Table:
             raise PipelineError(f"{self.name}: {action} decides for itself where packets go; name a port")
         if isinstance(action, Resubmit) and action.table != RETURN.id:
             raise PipelineError(f"{self.name} may consult {RETURN.name} only, not table {action.table}")
+        if isinstance(action, Ct) and action.table not in (None, *(table.id for table in self.next)):
+            raise PipelineError(f"{self.name} may not go to table {action.table}")
         if isinstance(action, Learn) and action.table != RETURN.id:
             raise PipelineError(f"{self.name} may learn into {RETURN.name} only, not table {action.table}")
 
@@ -166,6 +183,7 @@ def _fields(*names: str) -> frozenset[Field]:
 
 
 _L4 = ("tcp_src", "tcp_dst", "udp_src", "udp_dst", "sctp_src", "sctp_dst", "icmpv4_type", "icmpv4_code")
+_CROSSING = ("eth_type", "ip_proto", "ip_frag", "ipv4_src", "ipv4_dst", *_L4[:6])
 _IPV4 = ("eth_type", "ip_proto", "ipv4_src", "ipv4_dst", "ip_dscp")
 
 VIOLATION = Table(
@@ -217,7 +235,22 @@ ISOLATE = Table(
     (SetField,),
     (SERVICE, VIOLATION),
 )
-GRANT = Table(30, "GRANT", "approved crossings", frozenset(), (), (ISOLATE,))
+CROSS = Table(
+    35,
+    "CROSS",
+    "approved crossings whose connection is known: only the granted side opens one, only replies come back",
+    _fields("in_port", "ct_state", *_CROSSING),
+    (SetField, Ct, DecTtl),
+    (OUTPUT_GUARD, VIOLATION),
+)
+GRANT = Table(
+    30,
+    "GRANT",
+    "looks up the connections of approved crossings",
+    _fields("in_port", *_CROSSING),
+    (Ct,),
+    (CROSS, ISOLATE),
+)
 NEIGHBOUR = Table(
     20,
     "NEIGHBOUR",
@@ -256,6 +289,7 @@ SOCKET_TABLES = (
     SPOOF_GUARD,
     NEIGHBOUR,
     GRANT,
+    CROSS,
     ISOLATE,
     SERVICE,
     RETURN,

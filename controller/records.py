@@ -185,8 +185,11 @@ class Records:
     nodes: tuple[NodeRecord, ...] = ()
 
     def __iter__(self) -> Iterator[Record]:
-        for group in (self.containers, self.clients, self.grants, self.tokens, self.operations):
-            yield from group
+        yield from self.containers
+        yield from self.clients
+        yield from self.grants
+        yield from self.tokens
+        yield from self.operations
 
     def node(self, name: str) -> NodeRecord:
         """A node's progress; none where it never wrote any."""

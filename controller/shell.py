@@ -34,6 +34,7 @@ from controller.codec import CodecError
 from controller.compile import Conflict
 from controller.control import ControlSocket
 from controller.core import Core
+from controller.desired import Desired
 from controller.eventlog import EventLog
 from controller.events import Event, Kind
 from controller.eventview import escape
@@ -43,6 +44,7 @@ from controller.listen import Listen, Listener
 from controller.model import Mac
 from controller.ovsdb import Facts
 from controller.problems import InvalidInput
+from controller.records import Records
 from controller.signals import (
     Effect,
     EgressHealth,
@@ -61,10 +63,13 @@ from controller.signals import (
     Unseal,
 )
 from controller.statefile import load
-from controller.verify.gate import try_proof
+from controller.store import Link as Store
+from controller.store import Tls
+from controller.upkeep import WATCH_S, Upkeep
 
 TICK_S = 0.25
-WATCH_S = 0.25
+STORE_S = 0.02
+STORE_PATIENCE_S = 3.0
 FACTS_S = 0.5
 FACTS_PATIENCE_S = 3.0
 ECHO_S = 5.0
@@ -75,7 +80,11 @@ LOG = logging.getLogger("bulkhead")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What `bulkhead controller` was told. `ovsdb` is an address such as `unix:/run/openvswitch/db.sock`, or None."""
+    """What `bulkhead controller` was told.
+
+    `ovsdb` is an address such as `unix:/run/openvswitch/db.sock`, or None; so are those of the store's servers, `store`.
+    `group` may ask how everything is.
+    """
 
     state_file: Path
     listen: tuple[Listen, ...]
@@ -83,6 +92,10 @@ class Settings:
     events_dir: Path
     ovsdb: str | None = None
     seal: bool = False
+    store: tuple[str, ...] = ()
+    store_tls: Tls | None = None
+    node: str = ""
+    group: int | None = None
 
 
 @dataclass(slots=True)
@@ -115,12 +128,14 @@ class Bulkhead(app_manager.OSKenApp):  # type: ignore[misc]
 
     OFP_VERSIONS = [ofproto_v1_4.OFP_VERSION]  # noqa: RUF012  (os-ken reads it as a list)
 
-    def __init__(self, *, settings: Settings, core: Core, log: EventLog) -> None:
+    def __init__(self, *, settings: Settings, core: Core, log: EventLog, upkeep: Upkeep) -> None:
         super().__init__()
         self.name = "bulkhead"
         self.settings = settings
         self.core = core
         self.log = log
+        self.upkeep = upkeep
+        self._rejected = ""
         self.counters = Counters()
         self.links: dict[int, Link] = {}
         self.started_at = time.time()
@@ -143,6 +158,8 @@ class Bulkhead(app_manager.OSKenApp):  # type: ignore[misc]
     def _do(self, effect: Effect) -> None:
         if isinstance(effect, Log):
             self.log.append(effect.event)
+            if effect.event.kind is Kind.STATE_REJECTED:
+                self._rejected = effect.event.text
             LOG.info("%s: %s", effect.event.kind, effect.event.text)
             return
         link = self.links.get(effect.dpid)
@@ -273,27 +290,22 @@ class Bulkhead(app_manager.OSKenApp):  # type: ignore[misc]
         return f"the controller listens on {where} with state {self.core.state.digest}"
 
     def _watch_loop(self) -> None:
-        # A file that is still being written may well be valid and lack half of the containers: read it once it has
-        # stopped changing.
-        seen, before = None, _stamp(self.settings.state_file)  # none seen: it may have changed since it was first read
         while not self._stopping:
-            hub.sleep(WATCH_S)
-            now = _stamp(self.settings.state_file)
-            if self._hup or before == now != seen:
-                seen, self._hup = now, False
-                self._reload()
-            before = now
+            hub.sleep(STORE_S if self.settings.store else WATCH_S)
+            self._follow()
 
     @guarded
-    def _reload(self) -> None:
-        path = self.settings.state_file
-        try:
-            loaded = load(path)
-        except InvalidInput as exc:
-            self.feed(StateRejected(str(path), exc.problems))
-            return
-        if loaded.state != self.core.state:
-            self.feed(StateLoaded(loaded.state, str(path)))
+    def _follow(self) -> None:
+        again, self._hup = self._hup, False
+        signal = self.upkeep.look(time.monotonic(), time.time(), again=again)
+        if isinstance(signal, StateRejected):
+            self.feed(signal)
+        elif isinstance(signal, StateLoaded):
+            if signal.state != self.core.state:
+                self._rejected = ""
+                self.feed(signal)
+            self.upkeep.taken(self.core, self._rejected)
+        self.upkeep.publish(self.core)
 
     def _facts_loop(self, remote: str) -> None:
         facts = Facts(remote)
@@ -394,18 +406,26 @@ def _port(desc: Any) -> Port:
     return Port(desc.port_no, name, Mac.parse(desc.hw_addr), not down)
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+def _first_records(store: Store) -> Records:
+    """What the store holds, as soon as it answers: without it, what was created would be taken for given up."""
+    began, told = time.monotonic(), False
+    while (records := store.poll()) is None:
+        if not told and time.monotonic() - began > STORE_PATIENCE_S:
+            told = True
+            LOG.warning("the store does not answer; flows stay as they are until it does: bulkhead store status")
+        hub.sleep(STORE_S)
+    return records
 
 
 def serve(settings: Settings) -> None:
     """Run the controller until it is told to stop. Raises `InvalidInput` and `BulkheadError` before it has begun."""
-    loaded = load(settings.state_file)
-    try_proof(loaded.state)
+    store = Store(settings.store, settings.store_tls) if settings.store else None
+    desired = Desired(settings.state_file, settings.node)
+    if store is not None and desired.look(_first_records(store), time.time()):
+        LOG.info("the store holds %d containers", len(desired.records.containers))
+    upkeep = Upkeep(desired, store)
+    upkeep.first()
+    loaded = desired.loaded
     if loaded.problems:
         LOG.warning("%d warning(s); to read them: bulkhead check %s", len(loaded.problems), settings.state_file)
     log = EventLog(settings.events_dir, max_per_second=100)
@@ -415,8 +435,11 @@ def serve(settings: Settings) -> None:
     manager = app_manager.AppManager.get_instance()
     manager.instantiate(ofp_handler.OFPHandler)
     listener = Listener(settings.listen)
-    app = manager.instantiate(Bulkhead, settings=settings, core=Core(loaded.state, seal=settings.seal), log=log)
-    control = ControlSocket(settings.run_dir / "controller.sock", app.answer)
+    app = manager.instantiate(
+        Bulkhead, settings=settings, core=Core(loaded.state, seal=settings.seal), log=log, upkeep=upkeep
+    )
+    upkeep.taken(app.core, "")
+    control = ControlSocket(settings.run_dir / "controller.sock", app.answer, settings.group)
     # Flows are many small values that live long. With the default thresholds, every change of a big state sets off a
     # collection of all of them, which costs more than the change.
     gc.set_threshold(100_000, 50, 100)

@@ -103,10 +103,12 @@ class Counted:
 
 @dataclass(frozen=True, slots=True)
 class StateLoaded:
-    """The state file was read and is valid."""
+    """Something else is desired, and valid: `whole` where the state file was read, else only records have changed, and
+    bridges that stay as they are need no word."""
 
     state: DesiredState
     source: str = ""
+    whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,18 +58,24 @@ class Placed(NamedTuple):
     network: str
 
 
-def derive(checked: Checked) -> tuple[DesiredState, HostState, list[Problem]]:
+def derive(
+    checked: Checked, stored: Sequence[tuple[str, ContainerSpec]] = ()
+) -> tuple[DesiredState, HostState, list[Problem]]:
     """The state a well-shaped input means, what the host needs for it, and every problem. With errors among them neither
-    is of any use."""
+    is of any use.
+
+    `stored` are containers that the file does not have, each with a name for the path of its problems; they come after
+    those of the file, so that what clashes is said of them.
+    """
     spec, notes = checked.spec, Notes()
     assert spec is not None
     paths = [f"lxc.containers[{position}]" for position in checked.positions]
-    containers = list(zip(paths, spec.lxc.containers, strict=True))
+    containers = [*zip(paths, spec.lxc.containers, strict=True), *stored]
     _unique_containers(notes, containers)
     _unique_services(notes, containers)
     _unique_datapath_ids(notes, spec)
     # Networks follow from everything but containers and flows; with a part of that missing, they would be wrong.
-    if checked.damaged - {"lxc", "openflow"}:
+    if checked.damaged - {"lxc", "openflow", "api"}:
         return DesiredState(), HostState(), notes.problems
     networks = _Derivation(spec, notes, containers, whole=not checked.damaged).networks()
     _unique_ports(notes, networks, containers)
@@ -84,7 +90,7 @@ def derive(checked: Checked) -> tuple[DesiredState, HostState, list[Problem]]:
         judged = ofrules.judge(networks, flows)
         notes.problems += judged.problems
         networks = [replace(network, rules=judged.rules.get(network.name, ())) for network in networks]
-    host = derive_host(notes, spec, networks)
+    host = derive_host(notes, spec, networks, containers, whole=not checked.damaged)
     return DesiredState(tuple(networks), tuple(bridges)), host, notes.problems
 
 

@@ -12,7 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -48,6 +48,7 @@ _ID: Final = re.compile(r"[1-9][0-9]{0,8}")
 _ID_RANGE: Final = re.compile(r"([1-9][0-9]{0,8})\s*-\s*([1-9][0-9]{0,8})")
 _WG_KEY: Final = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
 _ENDPOINT: Final = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?):([0-9]{1,5})")
+_CHECK: Final = re.compile(r"tcp|http:/[!-~]*")
 _DATAPATH_ID: Final = re.compile(r"[0-9A-Fa-f]{16}")
 # The kernel refuses '/', ':' and white space, and expands '%'; the rest would need quoting in a flow.
 _INTERFACE: Final = re.compile(r"[A-Za-z0-9_.+@~^!#$&*;<>?|{}-]+")
@@ -209,6 +210,13 @@ def _domain(value: object) -> str:
     return text.lower()
 
 
+def _check(value: object) -> str:
+    text = _text(value)
+    if len(text) > 256 or not _CHECK.fullmatch(text):
+        raise _bad("bad-check", "tcp, or http:/PATH", "tcp opens a connection, http:/PATH asks for that path.")
+    return text
+
+
 def _flow(value: object) -> str:
     text = _text(value).strip()
     if len(text) > MAX_FLOW_LENGTH or not text.isascii() or not text.isprintable():
@@ -253,6 +261,7 @@ EndpointText = Annotated[Endpoint, *_notation(_endpoint, _ENDPOINT.pattern)]
 FilePath = Annotated[Path, *_notation(_file, "/.*")]
 AnyAddress = Annotated[tuple[Ipv4, int], *_notation(_any_address, None)]
 AllowedCidr = Annotated[Prefix, *_notation(_allowed, _CIDR.pattern)]
+CheckText = Annotated[str, *_notation(_check, _CHECK.pattern, maxLength=256)]
 Domain = Annotated[str, *_notation(_domain, None, maxLength=253)]
 
 
@@ -445,6 +454,7 @@ class ServiceSpec(_Spec):
     protocol: Protocol = "tcp"
     port: PortNumber
     exposed: bool = False
+    check: CheckText | None = Field(default=None, description="how its health is found out")
 
 
 class Properties(_Spec):
@@ -484,6 +494,16 @@ class Lxc(_Spec):
     containers: list[ContainerSpec] = Field(default=[], max_length=MAX_CONTAINERS)
 
 
+class ApiSpec(_Spec):
+    """The HTTP API: which container it listens in as well, and who may approve."""
+
+    container: ContainerId | None = Field(default=None, description="of a network without egress; null for none")
+    port: PortNumber = 9573
+    self_approval: bool = Field(default=False, description="whoever asks for a grant may approve it too")
+    certificate: FilePath | None = Field(default=None, description="PEM, with the chain; without one it makes its own")
+    private_key: FilePath | None = None
+
+
 class StateSpec(_Spec):
     """Everything a state file can say."""
 
@@ -495,6 +515,7 @@ class StateSpec(_Spec):
     wireguard: Wireguard = Wireguard()
     openflow: Openflow = Openflow()
     lxc: Lxc = Lxc()
+    api: ApiSpec = ApiSpec()
 
 
 def json_schema() -> dict[str, Any]:
@@ -539,6 +560,12 @@ def _first_problems(exc: ValidationError) -> tuple[Problem, ...]:
     )
     guesses = _Guesses()
     return (*(_problem(detail, guesses) for detail in details[:MAX_PROBLEMS]), rest)
+
+
+def first_problem(exc: ValidationError, where: str) -> Problem:
+    """What is wrong first with a part that is no file's; `where` names the part."""
+    found = _problem(exc.errors(include_url=False)[0], _Guesses())
+    return replace(found, path=f"{where}.{found.path}")
 
 
 # Parts that are understood one by one: one misshapen container does not hide what is wrong with the others.

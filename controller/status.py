@@ -74,7 +74,7 @@ def _bridge(wording: Wording, bridge: Bridge, switch: Switch | None, warnings: W
 
 def _open_ports(switch: Switch) -> set[int]:
     """Ports whose packets the first table lets in, by flows that the switch has confirmed."""
-    if switch.flows.phase is not Phase.STEADY:
+    if switch.flows.phase not in (Phase.STEADY, Phase.INSTALLING):
         return set()
     first = (flow for flow in switch.flows.installed.values() if flow.table == ADMIT.id and flow.goto is not None)
     return {match[0] for flow in first if (match := flow.match.get(fields.IN_PORT_FIELD)) is not None}

@@ -1,4 +1,7 @@
-"""`bulkhead vpn`: who may connect to the VPN server of a state file. Imports the agent's vpn, late."""
+"""`bulkhead vpn`: who may connect to the VPN server.
+
+By the HTTP API, or with `--file` on the files of this host, where none runs. Imports the agent's vpn, late.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,29 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from controller.agentcli import state_dir_option
+from controller.apiterm import client_names, moment, rows, use_api, where_options
+from controller.client import Where, segment
 from controller.hostmodel import Endpoint, VpnServer
 from controller.problems import BulkheadError
 from controller.statefile import load
-from controller.terminal import NO, columns, file_argument, guarded, json_option, print_grid, print_json, say
+from controller.terminal import NO, columns, json_option, print_grid, print_json, say
+from controller.vpnpool import configuration
 
 if TYPE_CHECKING:
     from controller.agent.wireguard import PeerStatus
 
 TAKEN_S = 3.0
 
+file_option = click.option(
+    "--file",
+    type=click.Path(path_type=Path),
+    help="Without the API: of the VPN server of this state file, in files of this host. Root.",
+)
+
 
 @click.group()
 def vpn() -> None:
-    """Add, list and remove clients of the VPN server. Root. A running agent takes them over within a second."""
+    """Add, list and remove clients of the VPN server. A running agent takes them over within a second."""
 
 
 def _server(file: Path) -> VpnServer:
@@ -39,23 +51,55 @@ def _server(file: Path) -> VpnServer:
 
 
 @vpn.command()
-@file_argument
 @click.argument("name")
 @click.option("--endpoint", help="HOST:PORT that the client dials (default: wireguard.vpn_server.endpoint).")
 @click.option("--qr/--no-qr", default=None, help="A QR code for phones (default: on a terminal).")
+@file_option
 @state_dir_option
 @json_option
-@guarded
-def add(file: Path, name: str, endpoint: str | None, qr: bool | None, state_dir: Path, as_json: bool) -> None:
-    """Make a client NAME of the VPN server of FILE, and print its configuration in wg-quick's style.
+@where_options
+def add(
+    where: Where,
+    name: str,
+    endpoint: str | None,
+    qr: bool | None,
+    file: Path | None,
+    state_dir: Path,
+    as_json: bool,
+) -> None:
+    """Make a client NAME of the VPN server, and print its configuration in wg-quick's style.
 
     The configuration holds the client's private key. It is shown this once and not kept.
     """
+    dialled = _endpoint(endpoint) if endpoint is not None else None
+    if file is not None:
+        _add_to_files(file, name, dialled, qr, state_dir, as_json)
+        return
+    with use_api(where, as_json) as api:
+        made = api.post("/api/vpn/clients", {"name": name} | ({"endpoint": str(dialled)} if dialled else {}))
+    if as_json:
+        print_json(made)
+        return
+    _show_configuration(made["name"], made["address"], made["config"], qr)
+
+
+def _show_configuration(name: str, address: str, text: str, qr: bool | None) -> None:
+    say(f"client {name} has address {address}; this is shown once, the private key is not kept:")
+    click.echo(text)
+    if qr if qr is not None else sys.stdout.isatty():
+        import segno
+
+        segno.make(text, error="l").terminal(compact=True)
+
+
+def _add_to_files(
+    file: Path, name: str, endpoint: Endpoint | None, qr: bool | None, state_dir: Path, as_json: bool
+) -> None:
     from controller.agent.keys import KeyStore
-    from controller.agent.vpn import Clients, Refused, configuration, server_public_key
+    from controller.agent.vpn import Clients, Refused, server_public_key
 
     server = _server(file)
-    dialled = _endpoint(endpoint) if endpoint is not None else server.endpoint
+    dialled = endpoint or server.endpoint
     if dialled is None:
         raise BulkheadError("nobody says where clients connect to; give --endpoint HOST:PORT, or write it in the file")
     server_key = server_public_key(server, KeyStore(state_dir / "keys"))  # before anything is made
@@ -64,19 +108,14 @@ def add(file: Path, name: str, endpoint: str | None, qr: bool | None, state_dir:
     except Refused as exc:
         say(f"bulkhead: {exc}")
         sys.exit(NO)
-    text = configuration(client, private, server, dialled, server_key)
+    text = configuration(client.address, private, client.preshared_key, server, dialled, server_key)
     taken = asyncio.run(_taken_over(server, client.public_key, there=True))
     if as_json:
-        print_json({"name": client.name, "address": str(client.address), "active": taken, "configuration": text})
+        print_json({"name": client.name, "address": str(client.address), "active": taken, "config": text})
         return
     if not taken:
         say("the VPN server does not know it yet; it will once the agent runs: bulkhead status")
-    say(f"client {client.name} has address {client.address}; this is shown once, the private key is not kept:")
-    click.echo(text)
-    if qr if qr is not None else sys.stdout.isatty():
-        import segno
-
-        segno.make(text, error="l").terminal(compact=True)
+    _show_configuration(client.name, str(client.address), text, qr)
 
 
 def _endpoint(text: str) -> Endpoint:
@@ -87,12 +126,25 @@ def _endpoint(text: str) -> Endpoint:
 
 
 @vpn.command("list")
-@file_argument
+@file_option
 @state_dir_option
 @json_option
-@guarded
-def list_clients(file: Path, state_dir: Path, as_json: bool) -> None:
-    """List the clients of the VPN server of FILE, with their last handshake and traffic."""
+@where_options
+def list_clients(where: Where, file: Path | None, state_dir: Path, as_json: bool) -> None:
+    """List the clients of the VPN server; with --file also their last handshake and traffic."""
+    if file is not None:
+        _list_files(file, state_dir, as_json)
+        return
+    with use_api(where, as_json) as api:
+        found = api.get("/api/vpn/clients")
+    if as_json:
+        print_json(found)
+        return
+    values = ((c["name"], c["address"], c["node"], moment(c["created_at"]), c["created_by"]) for c in found["clients"])
+    print_grid(rows(columns("NAME", "ADDRESS", "NODE", "ADDED", "BY"), values))
+
+
+def _list_files(file: Path, state_dir: Path, as_json: bool) -> None:
     from controller.agent.vpn import Clients
     from controller.agent.wireguard import RECENT_S
 
@@ -162,13 +214,25 @@ def _bytes(count: int) -> str:
 
 
 @vpn.command()
-@file_argument
-@click.argument("name")
+@click.argument("name", shell_complete=client_names)
+@file_option
 @state_dir_option
 @json_option
-@guarded
-def remove(file: Path, name: str, state_dir: Path, as_json: bool) -> None:
+@where_options
+def remove(where: Where, name: str, file: Path | None, state_dir: Path, as_json: bool) -> None:
     """Remove client NAME: it cannot connect any more, and its address is free."""
+    if file is not None:
+        _remove_from_files(file, name, state_dir, as_json)
+        return
+    with use_api(where, as_json) as api:
+        gone = api.delete(f"/api/vpn/clients/{segment(name)}")
+    if as_json:
+        print_json(gone if gone is not None else {"name": name, "removed": True})
+    else:
+        click.echo(f"client {name} is removed")
+
+
+def _remove_from_files(file: Path, name: str, state_dir: Path, as_json: bool) -> None:
     from controller.agent.vpn import Clients, Refused
 
     server = _server(file)

@@ -363,9 +363,9 @@ def connect_vpn(lab: manager.Status, name: str = "laptop") -> None:
     """Make a client of the first node's VPN server, and have the laptop connect with its configuration."""
     state_file = Path(lab.run_dir, "nodes", lab.node, "node.yaml")
     program = [sys.executable, "-c", "from controller.cli import main; main()"]
-    made = _output(lab, lab.node, [*program, "vpn", "add", str(state_file), name, "--json"])
+    made = _output(lab, lab.node, [*program, "vpn", "add", "--file", str(state_file), name, "--json"])
     wanted = configparser.ConfigParser(strict=False)
-    text: str = json.loads(made)["configuration"]
+    text: str = json.loads(made)["config"]
     wanted.read_string(text)
     address, mtu = wanted["Interface"]["Address"], wanted["Interface"]["MTU"]
     endpoint = wanted["Peer"]["Endpoint"].partition(":")[0]

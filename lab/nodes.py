@@ -16,10 +16,9 @@ from typing import Any
 
 import yaml
 
-from controller.agent.keys import new_private_key
-from controller.agent.vpn import public_key
 from controller.model import DesiredState
 from controller.statefile import load, loads
+from controller.wgkeys import new_private_key, public_key
 
 WARP_PORT, PRIVACY_PORT, MGMT_PORT, VPN_PORT = 2408, 51821, 51822, 51820
 INET, EXIT = "198.51.100.10", "203.0.113.100"

@@ -11,16 +11,19 @@ import fcntl
 import json
 import logging
 import os
+import re
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
-from controller.agent.build import Parts, build, health
+from controller.agent.build import Made, Parts, build, health
+from controller.agent.checks import UP, Checks
 from controller.agent.files import write_atomically
 from controller.agent.gate import Controller
 from controller.agent.health import Health
+from controller.agent.identity import identity
 from controller.agent.lxc import Lxc
 from controller.agent.netlink import Nets
 from controller.agent.ovs import Ovsdb, choose_datapath
@@ -28,27 +31,40 @@ from controller.agent.process import Programs
 from controller.agent.reconciler import Done, Faults, Phase, Reconciler
 from controller.agent.resource import Failed
 from controller.agent.settings import Settings
+from controller.agent.sockets import Sockets
 from controller.agent.teardown import leftovers
 from controller.agent.telling import Limiter
 from controller.agent.vpn import Clients
+from controller.desired import Desired, Stamp, stamp
 from controller.eventlog import EventLog
 from controller.events import Event, Kind
 from controller.problems import BulkheadError, InvalidInput
-from controller.statefile import Loaded, load
+from controller.records import ClientRecord
+from controller.records import key as key_of
+from controller.statefile import Loaded
+from controller.store import Store, Tls
 
 LOG = logging.getLogger("bulkhead.agent")
 RELOAD_S = 0.25
 AGAIN_S = 1.0
+_CONTAINER = re.compile(r"leftover/(?:namespace/bulkhead-|link/veth|process/container-|lxc/)([0-9]+)")
 LOCK, UP_LOCK, STATUS = "agent.lock", "up.lock", "status.json"
 
 
 class Agent:
     """Use `run`."""
 
-    def __init__(self, settings: Settings, loaded: Loaded, log: EventLog) -> None:
+    def __init__(self, settings: Settings, desired: Desired, log: EventLog, store: Store | None = None) -> None:
         self._settings = settings
-        self._loaded = loaded
+        self._desired = desired
+        self._loaded = desired.loaded
         self._wanted: Loaded | None = None
+        self._store = store
+        self._revision = 0
+        self._made = Made()
+        self._owned: dict[str, tuple[str, ...]] = {}
+        self._news = asyncio.Event()
+        self._look_at = 0.0
         self._log = log
         self._started = time.monotonic()
         self._ready = False
@@ -60,6 +76,12 @@ class Agent:
         self.programs = Programs(settings.own_dir / "programs")
         self.lxc = Lxc(settings.state_dir / "lxc", settings.own_dir / "lxc")
         self._clients: Clients | None = None
+        self._health: Mapping[str, str] = {}
+        self._clients_seen: tuple[object, ...] = ()
+        self._client_keys: frozenset[str] = frozenset()
+        self._checks = Checks(lambda: self._loaded.host.checks, self._healthy)
+        asker = identity(settings.api_user)
+        self._sockets = Sockets(settings.run_dir, lambda: self._loaded.host.api, asker, self._trouble)
         self._probes: list[asyncio.Future[None]] = []
         self.stop = asyncio.Event()
 
@@ -73,10 +95,17 @@ class Agent:
         text = f"the agent builds {self._settings.state_file}, state {self._loaded.state.digest}"
         self._tell(Kind.AGENT_STARTED, text)
         await self.nets.get(None)  # from here on nothing that happens in the host's namespace is missed
+        await self._first_records(loop)
         await self._want()
         tasks: list[asyncio.Future[None]] = [
             asyncio.ensure_future(job)
-            for job in (self.reconciler.run(self.stop), self._follow_file(reload), self._publish())
+            for job in (
+                self.reconciler.run(self.stop),
+                self._follow_file(reload),
+                self._publish(),
+                self._checks.run(),
+                self._sockets.run(),
+            )
         ]
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         self.stop.set()
@@ -90,6 +119,25 @@ class Agent:
         self._tell(Kind.AGENT_STOPPED, "the agent stops; everything it has built stays")
         self.nets.close()
         await asyncio.to_thread(self.ovsdb.close)
+        if self._store is not None:
+            await asyncio.to_thread(self._store.close)
+
+    async def _first_records(self, loop: asyncio.AbstractEventLoop) -> None:
+        """What the store holds, before anything is done: without it, what was created would be taken for given up."""
+        if self._store is None:
+            return
+        self._store.subscribe(lambda _records: _wake(loop, self._news))
+        while not self.stop.is_set():
+            try:
+                records = await asyncio.to_thread(self._store.start)
+                break
+            except BulkheadError as exc:
+                self._trouble("store", f"{exc}. The host stays as it is until the store answers")
+                await asyncio.sleep(AGAIN_S)
+        else:
+            return
+        self._desired.look(records, time.time())
+        self._loaded = self._desired.loaded
 
     async def _want(self) -> None:
         """Make the reconciler want what the state file says, as soon as Open vSwitch answers."""
@@ -105,10 +153,22 @@ class Agent:
                 await asyncio.sleep(0.5)
         else:
             return
-        parts = Parts(self._settings, self.nets, self.ovsdb, self.controller, self.programs, self.lxc, datapath)
-        resources = build(self._loaded.state, self._loaded.host, parts)
-        self.reconciler.want([*await leftovers(parts, resources), *resources])
-        self._wanted = self._loaded
+        parts = Parts(
+            self._settings,
+            self.nets,
+            self.ovsdb,
+            self.controller,
+            self.programs,
+            self.lxc,
+            datapath,
+            self._made,
+            self._client_records,
+        )
+        loaded, revision = self._loaded, self._desired.records.revision
+        built = build(loaded.state, loaded.host, parts)
+        self.reconciler.want([*await leftovers(parts, built.resources), *built.resources])
+        self._owned, self._revision = built.owned, revision
+        self._wanted = loaded
         self._clients = parts.clients
         for task in self._probes:
             task.cancel()
@@ -120,7 +180,9 @@ class Agent:
     async def _follow_file(self, reload: asyncio.Event) -> None:
         follower = self._follower(reload)
         while not self.stop.is_set():
-            await asyncio.sleep(RELOAD_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), RELOAD_S)
+            self._news.clear()
             try:
                 await follower()
             except Exception as exc:  # what is there must go on being healed
@@ -129,52 +191,66 @@ class Agent:
                 await asyncio.sleep(AGAIN_S)
 
     def _follower(self, reload: asyncio.Event) -> Callable[[], Awaitable[None]]:
-        path = self._settings.state_file
-        seen = before = _stamp(path)
-        secrets, clients = self._secrets(), self._clients.stamp if self._clients is not None else ()
+        secrets = self._secrets()
 
         async def look() -> None:
-            nonlocal seen, before, secrets, clients
+            nonlocal secrets
             self.programs.bound_logs()
-            if self._clients is not None and clients != (now_clients := self._clients.stamp):
-                clients = now_clients
-                self.reconciler.touch("wireguard/")
+            self._look_at_clients()
             now_secrets = self._secrets()
             if secrets != now_secrets or self._wanted is not self._loaded:
+                if secrets != now_secrets:
+                    self._made.forget()
                 await self._want()
                 secrets = now_secrets
-            now, last = _stamp(path), before
-            before = now
-            # A file that is still being written is read once it has stopped changing.
-            if reload.is_set() or last == now != seen:
-                seen = now
-                reload.clear()
-                await self._reload(path)
+            await self._reload(reload)
 
         return look
 
-    def _secrets(self) -> list[tuple[int, int, int] | None]:
+    def _client_records(self) -> tuple[ClientRecord, ...]:
+        return tuple(one for one in self._desired.records.clients if one.node == self._settings.node)
+
+    def _look_at_clients(self) -> None:
+        """Have the VPN's server know its clients as they are now, if they are others than before."""
+        if self._clients is not None and self._clients_seen != (now := self._clients.stamp):
+            self._clients_seen = now
+            self.reconciler.touch("wireguard/")
+
+    def _secrets(self) -> list[Stamp | None]:
         """Stamps of the files that the state file names: another configuration means other addresses and rules."""
         tunnels = [leg.tunnel for leg in self._loaded.host.legs]
         if self._loaded.host.vpn is not None:
             tunnels.append(self._loaded.host.vpn.tunnel)
-        return [_stamp(path) for tunnel in tunnels for path in (tunnel.config, tunnel.private_key_file) if path]
+        return [stamp(path) for tunnel in tunnels for path in (tunnel.config, tunnel.private_key_file) if path]
 
-    async def _reload(self, path: Path) -> None:
+    async def _reload(self, reload: asyncio.Event) -> None:
+        records = self._store.records if self._store is not None else None
+        again = reload.is_set()
+        reload.clear()
+        new = records is not None and records.revision != self._desired.records.revision
+        if not new and not self._desired.due(time.time()):
+            if time.monotonic() < self._look_at and not again:
+                return
+            self._look_at = time.monotonic() + RELOAD_S
         try:
-            loaded = await asyncio.to_thread(load, path)
+            if not await asyncio.to_thread(partial(self._desired.look, records, time.time(), again=again)):
+                return
         except InvalidInput as exc:
             first = next(iter(exc.problems), None)
-            self._tell(Kind.STATE_REJECTED, f"{path} was refused, the host stays as it was: {first}")
+            self._tell(
+                Kind.STATE_REJECTED, f"{self._settings.state_file} was refused, the host stays as it was: {first}"
+            )
             return
-        if (loaded.state, loaded.host) == (self._loaded.state, self._loaded.host):
+        before, self._loaded = self._loaded, self._desired.loaded
+        self._look_at_clients()  # before anybody is told that they are taken up
+        if (before.state, before.host) == (self._loaded.state, self._loaded.host):
+            self._wanted, self._revision = self._loaded, self._desired.records.revision
+            self.reconciler.changes += 1
             return
-        if self._loaded.state.networks and not loaded.state.networks:
-            text = f"{path} was refused: it declares no network. To take everything away: bulkhead down FILE"
-            self._tell(Kind.STATE_REJECTED, text)
-            return
-        self._loaded, self._ready = loaded, False
-        self._tell(Kind.STATE_APPLIED, f"the host is made what {path} says, state {loaded.state.digest}")
+        if before.stored == self._loaded.stored:
+            self._ready = False
+            text = f"the host is made what {self._settings.state_file} says, state {self._loaded.state.digest}"
+            self._tell(Kind.STATE_APPLIED, text)
         await self._want()
 
     # ------------------------------------------------------------------------------------------------------ telling
@@ -189,6 +265,16 @@ class Agent:
             self._tell(Kind.TUNNEL_UP, f"the tunnel of {network} carries traffic", network=network)
         else:
             self._tell(Kind.TUNNEL_DOWN, f"the tunnel of {network} carries no traffic: {why}", network=network)
+
+    def _healthy(self, health: Mapping[str, str]) -> None:
+        """Services answer, or do not, otherwise than before."""
+        for name, found in health.items():
+            before = self._health.get(name, "")
+            if found.startswith(UP) != before.startswith(UP) or not before:
+                kind = Kind.SERVICE_UP if found == UP else Kind.SERVICE_DOWN
+                self._tell(kind, f"service {name} is {found}", f"service/{name}")
+        self._health = health
+        self.reconciler.changes += 1
 
     def _trouble(self, key: str, why: str) -> None:
         self._tell(Kind.HOST_ERROR, f"{key}: {why}", key)
@@ -206,22 +292,61 @@ class Agent:
     async def _publish(self) -> None:
         """Write down how everything is, for `bulkhead status`, whenever that has changed."""
         path = self._settings.own_dir / STATUS
-        before = None
+        before = -1
         while not self.stop.is_set():
             if self.reconciler.settled and not self._ready and self.reconciler.status:
                 self._ready = True
                 took = time.monotonic() - self._started
                 self._tell(Kind.HOST_READY, f"the host is as {self._settings.state_file} says ({took:.1f} s)")
-            now = self.describe()
-            if now != before:
-                before = now
+            if before != (before := self.reconciler.changes):
+                self._tell_store()
                 with contextlib.suppress(BulkheadError):
-                    write_atomically(path, json.dumps(now, indent=1), 0o644)
+                    write_atomically(path, json.dumps(self.describe(), indent=1), 0o644)
             for key, count in self._limiter.withheld(time.monotonic()).items():
                 text = f"{key}: {count} more events of its kind were not recorded; what changes it again and again?"
                 self._tell(Kind.HOST_ERROR, text)
             self._log.tick()
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.01)
+
+    def _tell_store(self) -> None:
+        """How far the host has come with what the store holds."""
+        if self._store is not None and self._wanted is not None:
+            waiting = {name: f"refused: {problem}" for name, problem in self._wanted.refused}
+            waiting |= self._unready()
+            self._store.publish(
+                self._settings.node, agent_revision=self._revision, agent_waiting=waiting, health=self._health
+            )
+
+    def _unready(self) -> dict[str, str]:
+        """Containers that are not as wanted yet, and those that are not gone yet, each with the reason."""
+        status = self.reconciler.status
+        out = {}
+        for name, keys in self._owned.items():
+            reasons = (status[key].why for key in keys if key in status and status[key].phase is not Phase.DONE)
+            if (why := next(reasons, None)) is not None:
+                out[name] = why
+        ports = next(
+            (one for key, one in status.items() if key.startswith("ports/") and one.phase is not Phase.DONE), None
+        )
+        for key, one in status.items():
+            if (found := _CONTAINER.fullmatch(key)) is not None:
+                left = one if one.phase is not Phase.DONE else ports
+                if left is not None:
+                    out.setdefault(f"container/{found[1]}", f"it is not gone yet: {left.why}")
+        return out | self._unready_clients()
+
+    def _unready_clients(self) -> dict[str, str]:
+        """The same of clients of the VPN's server."""
+        vpn, now = self._loaded.host.vpn, frozenset(key_of(one) for one in self._client_records())
+        if vpn is None:
+            return dict.fromkeys(
+                now, "refused: the state file has no VPN server; declare one under wireguard.vpn_server"
+            )
+        tunnel = self.reconciler.status.get(f"wireguard/{vpn.tunnel.interface}")
+        if tunnel is None or tunnel.phase is Phase.DONE:
+            self._client_keys = now
+            return {}
+        return dict.fromkeys(now | self._client_keys, tunnel.why)
 
     def describe(self) -> dict[str, Any]:
         """Everything `bulkhead status` shows of the host."""
@@ -230,6 +355,7 @@ class Agent:
             "state": self._loaded.state.digest,
             "state_file": str(self._settings.state_file),
             "settled": bool(self.reconciler.status) and self.reconciler.settled,
+            "services": dict(self._health),
             "resources": [
                 {"key": key, "phase": str(status.phase), "why": status.why, "healed": status.healed}
                 | ({"retry_in_s": round(status.pause_s, 2)} if status.phase is not Phase.DONE else {})
@@ -238,12 +364,9 @@ class Agent:
         }
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop may have ended
+        loop.call_soon_threadsafe(event.set)
 
 
 @contextlib.contextmanager
@@ -299,7 +422,7 @@ def require_root() -> None:
 def serve(settings: Settings) -> None:
     """Run the agent until it is told to end. Raises `BulkheadError`."""
     require_root()
-    loaded = load(settings.state_file)
+    desired = Desired(settings.state_file, settings.node)
     with only_one(settings):
         try:
             settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -309,4 +432,9 @@ def serve(settings: Settings) -> None:
             ) from exc
         os.umask(0o022)
         with EventLog(settings.events_dir) as log:
-            asyncio.run(Agent(settings, loaded, log).run())
+            asyncio.run(_run(settings, desired, log))
+
+
+async def _run(settings: Settings, desired: Desired, log: EventLog) -> None:
+    tls = Tls(*settings.store_tls) if settings.store_tls else None
+    await Agent(settings, desired, log, Store(settings.store, tls) if settings.store else None).run()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
+from controller import model
 from controller.agent import sysctls
 from controller.agent.etc import NETNS_ETC, TextFile, resolvers
 from controller.agent.firewall import gateway_table, ingress_table, leg_table
@@ -31,10 +32,43 @@ from controller.agent.wireguard import WgConfig, WireGuard, resolve, show
 from controller.hostmodel import WARP_MTU, Container, Datapath, Driver, HostState, Leg, VpnServer
 from controller.model import DesiredState, Mac, Member, Network, Role
 from controller.problems import BulkheadError
+from controller.records import ClientRecord
+from controller.vpnpool import PUBLIC_KEY
+from controller.wgkeys import public_key
 
 NEXT_HOP = "169.254.0.1"
 """What a leg sends everything to that is for its bridge: an address nobody has, with one permanent neighbour. The flows
 know by address where a packet goes, whatever MAC it has."""
+
+
+class Made:
+    """Resources that were made before, by what they were made of: what is wanted as before is the same object again,
+    and need not be looked at anew. Nothing is kept that was not asked for in the last round."""
+
+    def __init__(self) -> None:
+        self._old: dict[Hashable, tuple[Resource, ...]] = {}
+        self._new: dict[Hashable, tuple[Resource, ...]] = {}
+
+    def once(self, of: Hashable, make: Callable[[], Sequence[Resource]]) -> tuple[Resource, ...]:
+        """The resources that are made of that."""
+        self._new[of] = self._old[of] if of in self._old else tuple(make())
+        return self._new[of]
+
+    def turn(self) -> None:
+        """A round begins."""
+        self._old, self._new = self._new, {}
+
+    def forget(self) -> None:
+        """Something has changed that resources are made of and do not show: files with keys."""
+        self._old, self._new = {}, {}
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What is wanted of a host. `owned` says which resources, by their keys, a container is made of: `container/103`."""
+
+    resources: list[Resource]
+    owned: dict[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +82,8 @@ class Parts:
     programs: Programs
     lxc: Lxc
     datapath: str
+    made: Made = field(default_factory=lambda: Made(), compare=False)
+    client_records: Callable[[], Sequence[ClientRecord]] = tuple
 
     @property
     def keys(self) -> KeyStore:
@@ -57,7 +93,7 @@ class Parts:
     @property
     def clients(self) -> Clients:
         """The VPN server's clients."""
-        return Clients(self.settings.state_dir / "vpn")
+        return Clients(self.settings.state_dir / "vpn", self.client_records)
 
 
 class Broken:
@@ -81,14 +117,15 @@ class Broken:
         return []
 
 
-def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
+def build(state: DesiredState, host: HostState, parts: Parts) -> Built:
     """Every resource that the state asks for."""
     own_dir = parts.settings.own_dir
+    once = parts.made.once
+    parts.made.turn()
     out: list[Resource] = [HostTable(state, host, own_dir)]
     ports: dict[str, list[str]] = {bridge.name: [] for bridge in state.bridges}
     for bridge in state.bridges:
-        pinned = bridge.datapath_id if bridge.datapath_id is not None else int(Mac.derive("bridge", bridge.name))
-        out.append(Bridge(parts.ovsdb, parts.nets, bridge.name, parts.datapath, pinned, parts.settings.controller))
+        out += once(("bridge", bridge), lambda bridge=bridge: [_bridge(bridge, parts)])  # type: ignore[misc]
     for one, other in host.veths:
         out.append(Veth(parts.nets, End(one.name), End(other.name), software_sums=_sums(parts)))
         ports[one.bridge].append(one.name)
@@ -96,17 +133,24 @@ def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
     mtus = {network.name: mtu_of(network, host, parts) for network in state.networks}
     for leg in host.legs:
         if leg.enabled:
-            out += _leg(state.network(leg.network), leg, mtus[leg.network], parts)
+            network, mtu = state.network(leg.network), mtus[leg.network]
+            out += once(("leg", leg, _bare(network, state), mtu), partial(_leg, network, leg, mtu, parts))
             ports[leg.bridge].append(leg.port)
     wanted = [(network, member) for network in state.networks for member in network.members]
     containers = sorted(
         ((network, member, host.container(member.id)) for network, member in wanted),
         key=lambda each: (each[2].order, len(each[1].id), each[1].id),
     )
-    running = [each for each in containers if each[2].running]
-    for network, member, _ in running:
-        out += _container_links(network, member, mtus[network.name], parts)
-        ports[network.bridge].append(member.port)
+    running = [_Run(state, host, *each, mtus[each[0].name]) for each in containers if each[2].running]
+    owned: dict[str, tuple[str, ...]] = {f"container/{member.id}": () for _, member, _ in containers}
+    rest: list[Resource] = []
+    for run in running:
+        links = once(("links", run), partial(_container_links, run.network, run.member, run.mtu, parts))
+        inner = once(("container", run), partial(_container, run, parts))
+        out += links
+        rest += [*inner, *_resolver(state, host, run, parts)]
+        owned[f"container/{run.member.id}"] = (*(one.key for one in (*links, *inner)), *run.common)
+        ports[run.network.bridge].append(run.member.port)
     names = [name for of_bridge in ports.values() for name in of_bridge]
     if parts.datapath == Datapath.NETDEV:
         out.append(NftTable("netdev", lambda: ingress_table(name for name in names if _exists(name)), own_dir))
@@ -117,11 +161,47 @@ def build(state: DesiredState, host: HostState, parts: Parts) -> list[Resource]:
     )
     for network in state.networks:
         out += _host_side(network, parts)
-    for network, member, container in running:
-        out += _container(state, host, network, member, container, mtus[network.name], parts)
-        if host.vpn is not None and host.vpn.container_id == member.id:
+    out += rest
+    for network in state.networks:
+        if host.vpn is not None and host.vpn.container_id in {
+            run.member.id for run in running if run.network is network
+        }:
             out += _vpn(network, host.vpn, parts)
-    return out
+    return Built(out, owned)
+
+
+class _Run:
+    """A container that is to run, with all of the state that matters to it. Two are the same where that is the same."""
+
+    def __init__(
+        self, state: DesiredState, host: HostState, network: Network, member: Member, container: Container, mtu: int
+    ) -> None:
+        self.network, self.member, self.container, self.mtu = network, member, container, mtu
+        self.zone = next((zone for zone in host.zones if zone.network == network.name), None)
+        self._what = (_bare(network, state), member, container, mtu, self.zone)
+
+    @property
+    def common(self) -> tuple[str, ...]:
+        """Keys of what it shares with others and cannot do without: its name, and the guard of its port."""
+        names = (f"names/{self.network.name}",) if self.zone is not None else ()
+        return (*names, f"nft/netdev/{TABLE}")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Run) and self._what == other._what
+
+    def __hash__(self) -> int:
+        return hash(self._what)
+
+
+def _bare(network: Network, state: DesiredState) -> Hashable:
+    """What of a network its legs and containers are made of: all but its other containers and its flows."""
+    server = network.member(network.vpn.member_id) if network.vpn is not None else None
+    return replace(network, members=(), rules=()), server, network.prefixes
+
+
+def _bridge(bridge: model.Bridge, parts: Parts) -> Bridge:
+    pinned = bridge.datapath_id if bridge.datapath_id is not None else int(Mac.derive("bridge", bridge.name))
+    return Bridge(parts.ovsdb, parts.nets, bridge.name, parts.datapath, pinned, parts.settings.controller)
 
 
 def _exists(name: str) -> bool:
@@ -278,17 +358,9 @@ def _container_links(network: Network, member: Member, mtu: int, parts: Parts) -
     ]
 
 
-def _container(
-    state: DesiredState,
-    host: HostState,
-    network: Network,
-    member: Member,
-    container: Container,
-    mtu: int,
-    parts: Parts,
-) -> list[Resource]:
+def _container(run: _Run, parts: Parts) -> list[Resource]:
+    network, member, container = run.network, run.member, run.container
     namespace = namespace_of(member.id)
-    zone = next((zone for zone in host.zones if zone.network == network.name), None)
     gate = Gate(parts.nets, parts.controller, network.bridge, member.port, namespace, (f"veth/{member.port}",))
     interface = Interface(
         parts.nets,
@@ -298,26 +370,32 @@ def _container(
         # The VPN's server takes more than its neighbours do.
         routes=(
             Route("default", str(network.gateway)),
-            *((Route(str(network.subnet), mtu=mtu),) if _forwards(network, member) else ()),
+            *((Route(str(network.subnet), mtu=run.mtu),) if _forwards(network, member) else ()),
         ),
         needs=(gate.key,),
     )
     out: list[Resource] = [gate, interface]
     if container.dns:
-        out.append(TextFile(NETNS_ETC / namespace / "resolv.conf", resolvers(container, zone), (gate.key,)))
-    if zone is not None and zone.member_id == member.id:
-        directory = parts.settings.own_dir / "names"
-        command = dnsmasq_command(directory, zone)
-        runner = Kept(parts.programs, Program(f"names-{zone.network}", command, namespace))
-        out.append(Names(state, host, zone, directory, runner, needs=(interface.key,)))
+        out.append(TextFile(NETNS_ETC / namespace / "resolv.conf", resolvers(container, run.zone), (gate.key,)))
     if container.driver is Driver.LXC:
-        search = zone.domain if zone is not None else None
+        search = run.zone.domain if run.zone is not None else None
         out.append(LxcContainer(parts.lxc, member, container, search=search, needs=(interface.key,)))
     elif container.command:
         # `ip netns exec` gives it /etc/netns/NAMESPACE/resolv.conf and its own /sys.
         command = ("ip", "netns", "exec", namespace, *container.command)
         out.append(Process(parts.programs, Program(f"container-{member.id}", command), (interface.key,)))
     return out
+
+
+def _resolver(state: DesiredState, host: HostState, run: _Run, parts: Parts) -> list[Resource]:
+    """The names of a network, in the container that is its resolver."""
+    zone, namespace = run.zone, namespace_of(run.member.id)
+    if zone is None or zone.member_id != run.member.id:
+        return []
+    directory = parts.settings.own_dir / "names"
+    runner = Kept(parts.programs, Program(f"names-{zone.network}", dnsmasq_command(directory, zone), namespace))
+    needs = (f"interface/{namespace}/eth0",)
+    return [Names(state, host, zone, directory, runner, needs=needs)]
 
 
 def _vpn(network: Network, vpn: VpnServer, parts: Parts) -> list[Resource]:
@@ -334,8 +412,12 @@ def _vpn(network: Network, vpn: VpnServer, parts: Parts) -> list[Resource]:
     )
     addresses = tuple(f"{address}/{length}" for address, length in vpn.tunnel.addresses)
     up = Interface(parts.nets, namespace, interface, addresses=addresses, needs=(tunnel.key,), exact=True)
-    # Says which client's file is damaged; the others connect.
-    return [rules, tunnel, up, Broken("vpn-clients", parts.clients.all)]
+    # Whoever makes a client without root's rights needs it.
+    public = TextFile(
+        parts.settings.run_dir / PUBLIC_KEY, lambda: public_key(resolve(vpn.tunnel, parts.keys).private_key) + "\n"
+    )
+    # Says which client is damaged; the others connect.
+    return [rules, tunnel, up, public, Broken("vpn-clients", parts.clients.all)]
 
 
 def health(state: DesiredState, host: HostState, parts: Parts) -> list[Watched]:

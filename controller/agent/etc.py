@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from controller.agent.files import read_or_none, write_atomically
@@ -25,21 +26,22 @@ class TextFile:
 
     period = 1.0
 
-    def __init__(self, path: Path, text: str, needs: tuple[str, ...] = ()) -> None:
-        self._path, self._text = path, text
+    def __init__(self, path: Path, text: str | Callable[[], str], needs: tuple[str, ...] = ()) -> None:
+        self._path = path
+        self._text = text if callable(text) else lambda: text
         self.key = f"file/{path}"
         self.needs = needs
 
     async def diff(self) -> list[Change]:
         found = read_or_none(self._path)
-        if found == self._text:
+        if found == self._text():
             return []
         sign, why = (Sign.ADD, "missing") if found is None else (Sign.CHANGE, "it says something else")
         return [Change(sign, f"file {self._path}", why, self._write)]
 
     async def _write(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._path, self._text, 0o644)
+        write_atomically(self._path, self._text(), 0o644)
 
 
 def our_directories() -> list[str]:

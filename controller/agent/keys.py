@@ -1,61 +1,18 @@
-"""Secrets: WireGuard keys in files that only root reads, and a type that never shows what it holds. Imports files,
-resource."""
+"""WireGuard keys in files that only root reads. Imports files, resource and wgkeys."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import os
-import re
 import stat
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from controller.agent.files import read_or_none, write_atomically
 from controller.agent.resource import Failed
+from controller.wgkeys import Secret, is_key, new_private_key
 
-_KEY = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
-_NO_KEY = "A" * 43 + "="
-"""All zeros: what WireGuard calls having no key."""
 LARGEST = 1 << 20
 """No file with keys has more bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Secret:
-    """A key. `reveal` is the only way to it; it prints as nothing."""
-
-    _text: str = field(repr=False)
-
-    def reveal(self) -> str:
-        """The key itself."""
-        return self._text
-
-    def __str__(self) -> str:
-        return "(secret)"
-
-
-def is_key(text: str) -> bool:
-    """Whether it is a WireGuard key: 32 bytes in base64."""
-    return _KEY.fullmatch(text) is not None and text != _NO_KEY
-
-
-def new_private_key() -> Secret:
-    """A Curve25519 private key."""
-    return clamped(Secret(base64.b64encode(os.urandom(32)).decode()))
-
-
-def clamped(key: Secret) -> Secret:
-    """A private key as WireGuard stores and shows it, whatever was given (RFC 7748, section 5)."""
-    raw = bytearray(base64.b64decode(key.reveal()))
-    raw[0] &= 248
-    raw[31] = (raw[31] & 127) | 64
-    return Secret(base64.b64encode(raw).decode())
-
-
-def new_shared_key() -> Secret:
-    """A pre-shared key."""
-    return Secret(base64.b64encode(os.urandom(32)).decode())
 
 
 def read_secret_file(path: Path, what: str) -> str:

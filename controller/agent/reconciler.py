@@ -91,16 +91,25 @@ class Reconciler:
     ) -> None:
         self._resources: list[Resource] = []
         self.status: dict[str, Status] = {}
+        self.changes = 0
+        """Grows with every change of a status."""
         self._told, self._failed = told, failed
         self._faults = faults or Faults()
         self._wake = asyncio.Event()
 
     def want(self, resources: Sequence[Resource]) -> None:
-        """What is wanted from now on, in an order in which each comes after what it needs."""
+        """What is wanted from now on, in an order in which each comes after what it needs.
+
+        A resource that was among them before, the very same, is wanted as it was, and not looked at again for that.
+        """
+        known = {resource.key: resource for resource in self._resources}
         self._resources = list(resources)
         before = self.status
-        # New ones: a look at what was wanted before may be under way, and must not speak for what is wanted now.
-        self.status = {resource.key: _anew(before.get(resource.key)) for resource in resources}
+        # Others begin anew: a look at what was wanted before may be under way, and must not speak for what is wanted now.
+        self.status = {
+            one.key: before[one.key] if known.get(one.key) is one else _anew(before.get(one.key)) for one in resources
+        }
+        self.changes += 1
         self._wake.set()
 
     def changed(self, namespace: str | None) -> None:
@@ -125,6 +134,9 @@ class Reconciler:
         for key, status in self.status.items():
             if key.startswith(prefix):
                 status.due, status.was_done = 0.0, False
+                if status.phase is Phase.DONE:
+                    status.phase, status.why = Phase.PENDING, "something else is wanted of it"
+                self.changes += 1
         self._wake.set()
 
     @property
@@ -167,6 +179,7 @@ class Reconciler:
                     self._good(resource, status)
                     return
                 status.healed += status.was_done
+                self.changes += status.was_done
                 for change in changes:
                     if self.status.get(resource.key) is not status:
                         return  # something else is wanted meanwhile
@@ -188,6 +201,7 @@ class Reconciler:
     def _good(self, resource: Resource, status: Status) -> None:
         news = status.phase is not Phase.DONE
         status.phase, status.why, status.was_done, status.pause_s = Phase.DONE, "as wanted", True, FIRST_PAUSE_S
+        self.changes += news
         status.due = time.monotonic() + float(getattr(resource, "period", 1.0))
         if news:  # whoever waited for it need not wait any longer
             for other in self._resources:
@@ -196,6 +210,7 @@ class Reconciler:
                     self._wake.set()
 
     def _wait(self, status: Status, why: str, retry_s: float | None = None) -> None:
+        self.changes += (status.phase, status.why) != (Phase.PENDING, why)
         status.phase, status.why = Phase.PENDING, why
         status.due = time.monotonic() + (retry_s or min(status.pause_s, LONGEST_WAIT_S))
         status.pause_s = min(status.pause_s * 2, LONGEST_WAIT_S)
@@ -203,6 +218,7 @@ class Reconciler:
     def _bad(self, key: str, status: Status, why: str) -> None:
         if status.phase is not Phase.ERROR or status.why != why:
             self._failed(key, why)
+        self.changes += 1
         status.phase, status.why = Phase.ERROR, why
         status.due = time.monotonic() + status.pause_s
         status.pause_s = min(status.pause_s * 2, LONGEST_PAUSE_S)

@@ -9,7 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import time
+import socket
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 
 from controller.agent.build import Parts, build
 from controller.agent.etc import NETNS_ETC, our_directories, remove_directory
@@ -25,14 +28,16 @@ from controller.agent.reconciler import plan
 from controller.agent.resource import Change, Resource, Sign, Step
 from controller.agent.settings import Settings
 from controller.agent.sysctls import restore
+from controller.desired import Desired
 from controller.hostmodel import HostState
 from controller.model import DesiredState
 from controller.problems import BulkheadError
-from controller.statefile import load
+from controller.statefile import Loaded, load
+from controller.store import Store, Tls
 
 
 class Leftover:
-    """Something of ours that is not wanted. As wanted once it is gone."""
+    """Something of ours that is not wanted. As wanted once it is gone. Its key names it: `leftover/namespace/NAME`."""
 
     period = 3600.0
 
@@ -163,11 +168,22 @@ async def _parts(settings: Settings, wanted_datapath: str = "auto") -> AsyncIter
         await asyncio.to_thread(ovsdb.close)
 
 
+def _desired(settings: Settings) -> Loaded:
+    """What the file says, and the store if there is one. Raises `BulkheadError`: half of it would look like much to remove."""
+    if not settings.store:
+        return load(settings.state_file)
+    store = Store(settings.store, Tls(*settings.store_tls) if settings.store_tls else None)
+    try:
+        return Desired(settings.state_file, settings.node, store.start(), time.time()).loaded
+    finally:
+        store.close()
+
+
 async def plan_all(settings: Settings) -> list[dict[str, str]]:
     """Everything the agent would do for a state file now. Changes nothing."""
-    loaded = load(settings.state_file)
+    loaded = await asyncio.to_thread(_desired, settings)
     async with _parts(settings, loaded.host.datapath) as parts:
-        resources = build(loaded.state, loaded.host, parts)
+        resources = build(loaded.state, loaded.host, parts).resources
         rows = []
         for key, found in await plan([*await leftovers(parts, resources), *resources]):
             if isinstance(found, Change):
@@ -196,8 +212,22 @@ async def take_down(settings: Settings, told: Callable[[str], None], *, purge: b
     if failures:  # what is there tells the next attempt what is left
         return failures
     shutil.rmtree(settings.own_dir, ignore_errors=True)
+    _clear_run_dir(settings.run_dir)
     if purge:
         shutil.rmtree(settings.state_dir, ignore_errors=True)
     with contextlib.suppress(OSError):  # the controller may have files there
         settings.run_dir.rmdir()
     return failures
+
+
+def _clear_run_dir(run_dir: Path) -> None:
+    """Take away what `bulkhead up` and its processes have left there, if they were killed."""
+    for name in ("api.sock", "controller.sock", "store.sock"):
+        path = run_dir / name
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()
+    if not (run_dir / "store.sock").exists():
+        shutil.rmtree(run_dir / "store", ignore_errors=True)

@@ -1,4 +1,7 @@
-"""Clients of the VPN server: a file each, from which the agent makes peers. Imports files, keys, resource, wireguard."""
+"""Clients of the VPN server, from which the agent makes peers: a file each, or a record of the store.
+
+Imports files, keys, resource, wireguard.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,21 @@ import contextlib
 import fcntl
 import json
 import os
-import re
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from controller.agent.files import read_or_none, write_atomically
-from controller.agent.keys import KeyStore, Secret, is_key, new_private_key, new_shared_key
+from controller.agent.keys import KeyStore
 from controller.agent.resource import Failed
-from controller.agent.run import environment
 from controller.agent.wireguard import WgPeer, resolve
-from controller.hostmodel import Endpoint, VpnServer
+from controller.hostmodel import VpnServer
 from controller.model import Ipv4, Prefix
-
-_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
-EVERYTHING = "0.0.0.0/0, ::/0"
-"""What a client sends into the tunnel: IPv6 as well, where it ends, so that none of it leaves beside the tunnel."""
+from controller.records import ClientRecord
+from controller.vpnpool import CLIENT_NAME, CLIENT_NAMES, free_address
+from controller.wgkeys import Secret, is_key, new_private_key, new_shared_key, public_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,31 +41,45 @@ class Refused(Failed):
     """The answer is no: a name that is taken, a pool that is used up."""
 
 
-class Clients:
-    """The clients in one directory."""
+def _no_records() -> Sequence[ClientRecord]:
+    return ()
 
-    def __init__(self, directory: Path) -> None:
+
+class Clients:
+    """The clients in one directory, and those of the store that `records` answers: this node's."""
+
+    def __init__(self, directory: Path, records: Callable[[], Sequence[ClientRecord]] = _no_records) -> None:
         self._directory = directory
+        self._records = records
 
     @property
-    def stamp(self) -> tuple[str, ...]:
+    def stamp(self) -> tuple[object, ...]:
         """Differs whenever a client has come, gone or changed."""
+        files: tuple[object, ...] = ()
         with contextlib.suppress(OSError):
-            found = ((path.name, path.stat().st_mtime_ns) for path in self._paths())
-            return tuple(f"{name}:{changed}" for name, changed in found)
-        return ()
+            files = tuple((path.name, path.stat().st_mtime_ns) for path in self._paths())
+        return *files, *self._records()
 
     def all(self) -> list[Client]:
-        """Every client, by name. Raises `Failed` for a damaged file, and for one that has what another has."""
+        """Every client, by name, those in files first. Raises `Failed` for a damaged one, and for one that has what another
+        has."""
         out: list[Client] = []
-        for path in self._paths():
-            client = self._read(path)
+        for where, read in self._sources():
+            client = read()
+            if any((client.name, client.public_key) == (other.name, other.public_key) for other in out):
+                continue  # on its way from its file into the store
             for other in out:
                 if client.address == other.address or client.public_key == other.public_key:
                     what = "address" if client.address == other.address else "key"
-                    raise Failed(f"{path} has the {what} of {other.name}; remove one of them: bulkhead vpn remove")
+                    raise Failed(f"{where} has the {what} of {other.name}; remove one of them: bulkhead vpn remove")
             out.append(client)
         return out
+
+    def _sources(self) -> Iterator[tuple[str, Callable[[], Client]]]:
+        for path in self._paths():
+            yield str(path), partial(self._read, path)
+        for record in self._records():
+            yield f"VPN client {record.name}", partial(_of_record, record)
 
     def _paths(self) -> list[Path]:
         return sorted(self._directory.glob("*.json"))
@@ -87,15 +101,13 @@ class Clients:
 
         The first address of the pool is the server's.
         """
-        if not _NAME.fullmatch(name):
-            raise Refused(f"{name!r} is no name for a client; use 1 to 63 letters, digits and inner hyphens")
+        if not CLIENT_NAME.fullmatch(name):
+            raise Refused(f"{name!r} is no name for a client; use {CLIENT_NAMES}")
         with self._locked():
             there = self.all()
             if any(client.name.lower() == name.lower() for client in there):
                 raise Refused(f"there is a client {name} already; remove it first, or choose another name")
-            taken = {int(client.address) for client in there}
-            last = pool.address | (~pool.mask & 0xFFFFFFFF)
-            address = next((Ipv4(a) for a in range(pool.address + 2, last) if a not in taken), None)
+            address = free_address(pool, (client.address for client in there))
             if address is None:
                 raise Refused(f"all {len(there)} addresses of {pool} are taken; remove a client, or widen the pool")
             private = new_private_key()
@@ -125,19 +137,40 @@ class Clients:
         return key
 
     def peers(self) -> tuple[WgPeer, ...]:
-        """What the server's interface has to know: every client whose file is good. `all` tells of the others; they must
-        not keep a client that was removed connected."""
+        """What the server's interface has to know: every client that is good. `all` tells of the others; they must not keep a
+        client that was removed connected."""
         out: dict[Ipv4, WgPeer] = {}
-        for path in self._paths():
+        keys: set[str] = set()
+        for _, read in self._sources():
             with contextlib.suppress(Failed):
-                client = self._read(path)
-                if all(client.public_key != peer.public_key for peer in out.values()):
-                    peer = WgPeer(client.public_key, (Prefix(client.address, 32),), preshared_key=client.preshared_key)
-                    out.setdefault(client.address, peer)
+                client = read()
+                if client.address not in out and client.public_key not in keys:
+                    keys.add(client.public_key)
+                    out[client.address] = WgPeer(
+                        client.public_key, (Prefix(client.address, 32),), preshared_key=client.preshared_key
+                    )
         return tuple(out.values())
 
+    def as_records(self, node: str) -> list[ClientRecord]:
+        """The clients in good files, as the store has them. Whoever puts them there removes the files then: `forget`."""
+        out = []
+        for path in self._paths():
+            with contextlib.suppress(Failed):
+                one = self._read(path)
+                since = 0.0
+                with contextlib.suppress(ValueError):
+                    since = datetime.fromisoformat(one.added).timestamp()
+                shared = one.preshared_key.reveal()
+                out.append(ClientRecord(one.name, node, str(one.address), one.public_key, shared, "", since))
+        return out
+
+    def forget(self, name: str) -> None:
+        """Remove the file of a client that is in the store. Nothing where there is none."""
+        with self._locked(), contextlib.suppress(FileNotFoundError):
+            self._path(name).unlink()
+
     def _path(self, name: str) -> Path:
-        if not _NAME.fullmatch(name):
+        if not CLIENT_NAME.fullmatch(name):
             raise FileNotFoundError(name)
         return self._directory / f"{name.lower()}.json"
 
@@ -152,38 +185,16 @@ class Clients:
             os.close(descriptor)
 
 
-def public_key(private: Secret) -> str:
-    """The public half of a key. Raises `Failed` where `wg` is not installed."""
+def _of_record(record: ClientRecord) -> Client:
+    """Raises `Failed` for one that is none."""
     try:
-        done = subprocess.run(
-            ["wg", "pubkey"], input=private.reveal(), capture_output=True, text=True, env=environment(), check=True
-        )
-    except FileNotFoundError as exc:
-        raise Failed("wg is not installed; run: apt-get install wireguard-tools") from exc
-    except subprocess.CalledProcessError as exc:
-        raise Failed(f"wg pubkey: exit {exc.returncode}") from None
-    return done.stdout.strip()
-
-
-def configuration(client: Client, private: Secret, server: VpnServer, endpoint: Endpoint, server_key: str) -> str:
-    """A wg-quick file for the client's machine. It holds the client's private key: show it once."""
-    return "\n".join(
-        [
-            "[Interface]",
-            f"PrivateKey = {private.reveal()}",
-            f"Address = {client.address}/32",
-            *([f"DNS = {', '.join(map(str, server.dns))}"] if server.dns else []),
-            *([f"MTU = {server.tunnel.mtu}"] if server.tunnel.mtu is not None else []),
-            "",
-            "[Peer]",
-            f"PublicKey = {server_key}",
-            f"PresharedKey = {client.preshared_key.reveal()}",
-            f"AllowedIPs = {EVERYTHING}",
-            f"Endpoint = {endpoint}",
-            "PersistentKeepalive = 25",
-            "",
-        ]
-    )
+        if not is_key(record.public_key) or not is_key(record.preshared_key):
+            raise ValueError
+        address = Ipv4.parse(record.address)
+    except ValueError:
+        raise Failed(f"VPN client {record.name} has no good keys or address; remove it, and make it again") from None
+    added = datetime.fromtimestamp(record.created_at, UTC).isoformat(timespec="seconds")
+    return Client(record.name, address, record.public_key, Secret(record.preshared_key), added)
 
 
 def server_public_key(server: VpnServer, keys: KeyStore) -> str:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from controller.agent.keys import Secret, is_key
 from controller.hostmodel import Endpoint
 from controller.model import Ipv4, Prefix
 from controller.problems import InvalidInput, Problem, error, warning
+from controller.wgkeys import Secret, is_key
 
 T = TypeVar("T")
 _LINE = re.compile(r"([A-Za-z]+)\s*=\s*(.*)")

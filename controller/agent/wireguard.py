@@ -21,7 +21,7 @@ from pathlib import Path
 from pyroute2.netlink.exceptions import NetlinkError
 
 from controller.agent import wgquick
-from controller.agent.keys import KeyStore, Secret, clamped, read_key, read_secret_file
+from controller.agent.keys import KeyStore, read_key, read_secret_file
 from controller.agent.links import remove_link
 from controller.agent.netlink import GROUP, Link, Nets
 from controller.agent.process import Program, Programs
@@ -30,6 +30,7 @@ from controller.agent.run import NETNS_DIR, call, environment
 from controller.hostmodel import MTU_DEFAULT, Endpoint, Tunnel
 from controller.model import Ipv4, Prefix
 from controller.problems import InvalidInput, Problem
+from controller.wgkeys import Secret, clamped
 
 LOG = logging.getLogger("bulkhead.agent")
 RECENT_S = 180

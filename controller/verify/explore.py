@@ -54,6 +54,20 @@ ANYWHERE = -1
 """As the port of a `Sent`: any port there is, because of NORMAL, FLOOD, ALL or an action that is not understood."""
 
 
+ANY_ZONE = -2
+"""As the port of a `Sent`: nothing leaves, but a connection is committed to a zone that nobody knows."""
+
+
+def kept_in(zone: int) -> int:
+    """As the port of a `Sent`: nothing leaves, but a connection is committed to that zone."""
+    return ANY_ZONE - 1 - zone
+
+
+def is_kept(port: int) -> bool:
+    """Whether a `Sent` by that port is a connection that is committed."""
+    return port <= ANY_ZONE
+
+
 class TooLarge(BulkheadError):
     """The flows make more different ways than can be followed: not proved."""
 
@@ -196,7 +210,8 @@ _TRANSLATED = _mask(
 NEW, EST, REL, RPL, INV, TRK, SNAT, DNAT = (1 << bit for bit in range(8))
 """Bits of ct_state (`ovs-fields(7)`)."""
 CT_STATES = tuple(
-    TRK | state for state in (NEW, EST, EST | RPL, REL | NEW, REL | NEW | RPL, REL | EST, REL | EST | RPL, INV, 0)
+    TRK | state
+    for state in (NEW, EST, EST | RPL, REL, REL | RPL, REL | NEW, REL | NEW | RPL, REL | EST, REL | EST | RPL, INV, 0)
 )
 """All that connection tracking can say of a packet, but for address translation."""
 
@@ -231,7 +246,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """Packets of `region` may leave by `port`, by an action of `flow`. IN_PORT is the port they came in by."""
+    """Packets of `region` may leave by `port`, by an action of `flow`. IN_PORT is the port they came in by.
+
+    Or a connection may be committed for them, where `is_kept(port)`.
+    """
 
     region: Region
     port: int
@@ -381,7 +399,10 @@ class Explorer:
                     overlay = overlay.after(action) or overlay
                 case Learn():
                     yield Learned(region, action, overlay)
-                case Ct(table=table):
+                case Ct(zone=zone, table=table):
+                    if action.commit:
+                        what = overlay.blur(_TRANSLATED) if action.nat else overlay
+                        yield Sent(region, kept_in(zone) if isinstance(zone, int) else ANY_ZONE, flow, what)
                     if table is not None:
                         yield from self._tracked(action, table, overlay, region)
                     overlay = overlay.write(0, _TRACKED)

@@ -16,12 +16,24 @@ from controller import fields
 from controller.compile import BridgeCompiler, planned_ports
 from controller.flow import Flow
 from controller.model import DesiredState
-from controller.verify.explore import ANYWHERE, Explorer, Learned, Overlay, Place, Region, Sent, TooLarge
+from controller.verify.explore import (
+    ANYWHERE,
+    EST,
+    REL,
+    Explorer,
+    Learned,
+    Overlay,
+    Place,
+    Region,
+    Sent,
+    TooLarge,
+    is_kept,
+)
 from controller.verify.links import End, declared_links
 from controller.verify.policy import both
 from controller.verify.prove import learnable
 from controller.verify.rules import Ports, Rule, Rules
-from controller.verify.space import ALL, ENTERING, Cube
+from controller.verify.space import ALL, ENTERING, Cube, bits
 from controller.verify.walk import Walker, Way
 
 STEPS = 200_000
@@ -29,6 +41,8 @@ STEPS = 200_000
 BRIDGES = 16
 """A packet that crosses more links than this goes in circles."""
 LOCAL = 0xFFFE
+_CONNECTED = bits(fields.CT_STATE, EST | REL)[0]
+"""Bits that connection tracking says of packets of a connection only that it has seen before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +74,7 @@ class Hop(NamedTuple):
 class Arrival(NamedTuple):
     """Packets that can leave the bridges by `end`: those of `region`, looking as `overlay` says by then.
 
-    `learned`: only once the switch has learned a flow for them. `doubt`: only if NORMAL or the like sends them there.
+    `learned`: only once the switch has learned a flow for them, or knows their connection. `doubt`: only if NORMAL or the like sends them there.
     """
 
     end: End
@@ -227,7 +241,8 @@ class _Search:
     node: Node
     sides: dict[str, _Side]
     steps: int
-    seen: set[tuple[str, str, Place, Region]] = field(default_factory=set)
+    seen: dict[tuple[str, str, Place, Region], bool] = field(default_factory=dict)
+    """What is or was under way, and whether by something learned alone."""
     stack: list[_At] = field(default_factory=list)
 
     def run(self, start: End, cube: Cube) -> Iterator[Arrival | tuple[str, Learned]]:
@@ -249,7 +264,8 @@ class _Search:
                     case Learned():
                         yield at.bridge, outcome
                     case (Place() as to, Region() as left):
-                        self._push(here._replace(place=to, region=left))
+                        known = here.learned or bool(to.overlay.value & to.overlay.mask & _CONNECTED)
+                        self._push(here._replace(place=to, region=left, learned=known))
 
     def _bit(self, bridge: str, port: str) -> int:
         side = self.sides[bridge]
@@ -257,12 +273,14 @@ class _Search:
 
     def _push(self, at: _At) -> None:
         key = at.bridge, at.in_port, at.place, at.region
-        if at.learned or key not in self.seen:  # a way that needs nothing learned says more than one that does
-            self.seen.add(key)
+        if self.seen.get(key, True) and (key not in self.seen or not at.learned):
+            self.seen[key] = at.learned  # a way that needs nothing learned says more than one that does
             self.stack.append(at)
 
     def _sent(self, at: _At, sent: Sent) -> Iterator[Arrival]:
         held = self.sides[at.bridge].held
+        if is_kept(sent.port):
+            return
         if sent.port == ANYWHERE:
             names = [name for name in held.numbers if name != at.in_port]
         elif sent.port == fields.IN_PORT:

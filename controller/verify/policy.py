@@ -1,7 +1,7 @@
 """What a bridge's flows may do at most, read from the desired state alone and not from what compiles it.
 
 For each port: whose packets may come in by it (`senders`), and who may send what out of it (`receives`). Everything
-that is not said here is forbidden. Imports model, frame, space and rules; no app.
+that is not said here is forbidden. Imports model, grants, frame, space, rules and explore; no app.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from typing import NamedTuple
 
 from controller import fields
 from controller.frame import LOCAL_NAME, Port
+from controller.grants import crossings, zones
 from controller.model import Bridge, BridgeKind, DesiredState, Ipv4, Member, Network, Prefix, Vpn
+from controller.verify.explore import EST, RPL, TRK, kept_in
 from controller.verify.rules import Ports
-from controller.verify.space import ALL, Cube, CubeSet, bits, meet
+from controller.verify.space import ALL, Cube, CubeSet, bits, inside, meet
 
 LOCAL = 0xFFFE
 NONE = CubeSet()
@@ -71,17 +73,21 @@ class Senders:
 class Receives:
     """Packets from any of `ports`, in one of `among` and in none of `but`, may leave by a port; `why` in words.
 
-    `ports` are folded (`Ports.fold`). Packets of a port are only those it may send on, see `Senders`.
+    `ports` are folded (`Ports.fold`). Packets of a port are only those it may send on, see `Senders`. `tracked` is what
+    connection tracking must have said of them.
     """
 
     ports: int
     among: CubeSet
     but: CubeSet = NONE
     why: str = ""
+    tracked: Cube = ALL
 
     def within(self, other: Receives) -> bool:
         """Whether the other plainly allows all that this one does."""
-        return not self.ports & ~other.ports and self.among.within(other.among) and other.but.within(self.but)
+        if self.ports & ~other.ports or not inside(self.tracked, other.tracked):
+            return False
+        return self.among.within(other.among) and other.but.within(self.but)
 
 
 class Policy:
@@ -120,7 +126,10 @@ class Policy:
             self.receives[this] = (may,)
 
     def allows(self, number: int, port: int, header: int) -> bool:
-        """Whether one packet from port `number` may leave by `port`, or by the one it came in by (`fields.IN_PORT`)."""
+        """Whether one packet from port `number` may leave by `port`, or by the one it came in by (`fields.IN_PORT`).
+
+        With connections that let it, where it needs any.
+        """
         packet = header, -1
         if port == fields.IN_PORT:
             return meet(packet, ANY_ARP) is not None
@@ -187,6 +196,8 @@ class _Socket:
         singled = 0
         for rule in network.rules:
             singled |= self._bit(rule.in_port)
+        for member_id in crossings(self.state, network.bridge):
+            singled |= self._bit(network.member(member_id).port)
         there = {m.id: self.numbers[m.port] for m in network.members if m.port in self.numbers}
         for member in network.members:
             vpn = network.vpn if network.vpn is not None and network.vpn.member_id == member.id else None
@@ -226,6 +237,7 @@ class _Socket:
             may = Receives(containers, answers, foreign_targets, "answers of exposed services")
             self._allow(self.numbers[LOCAL_NAME], may)
         self._rules(containers, foreign_targets)
+        self._grants()
 
     def _bit(self, name: str | None) -> int:
         number = self.numbers.get(name) if name is not None else None
@@ -257,6 +269,40 @@ class _Socket:
             among = (source(network.host),) if network.host is not None else ()
             senders[port] = Senders(CubeSet((*among, *clients)), elsewhere)
 
+    def _grants(self) -> None:
+        """A granted connection, replies to it, and that no other is kept in the bridge's zone.
+
+        So a packet that connection tracking calls a reply there is one to a packet that was granted: those that are
+        kept are granted ones, and a reply is one of these the other way round.
+        """
+        openings = crossings(self.state, self.network.bridge)
+        if not openings:
+            return
+        zone = zones(self.state)[self.network.bridge]
+        answered = both(bits(fields.CT_STATE, TRK | EST | RPL), bits(fields.CT_ZONE, zone))
+        kept: list[Receives] = []
+        from_passage: dict[int, list[Cube]] = {}
+        for member_id, every in openings.items():
+            member = self.network.member(member_id)
+            for crossing in every:
+                ends = self.numbers.get(member.port), self.numbers.get(crossing.passage)
+                if None in ends:
+                    continue
+                here, passage = ends
+                assert here is not None and passage is not None
+                opener, target = (member, crossing.there) if crossing.opens else (crossing.there, member)
+                begins, receives = (here, passage) if crossing.opens else (passage, here)
+                opened, replies = granted(opener, target, crossing.protocol, crossing.port)
+                why = f"grant {crossing.grant}"
+                may = Receives(self.policy.ports.one(begins), CubeSet((opened,)), why=why)
+                self._allow(receives, may)
+                kept.append(may)
+                back = self.policy.ports.one(receives)
+                self._allow(begins, Receives(back, CubeSet((replies,)), why=f"replies, {why}", tracked=answered))
+                from_passage.setdefault(passage, []).append(replies if crossing.opens else opened)
+        self.policy.receives[kept_in(zone)] = tuple(kept)
+        self.policy.senders |= {number: Senders(CubeSet(cubes)) for number, cubes in from_passage.items()}
+
     def _rules(self, containers: int, foreign: CubeSet) -> None:
         """What the operator's own rules send to the host or the mesh; to members they deliver only what is theirs."""
         for rule in self.network.rules:
@@ -269,6 +315,17 @@ class _Socket:
             cube = both(*(bits(fields.BY_NAME[name], value, mask) for name, value, mask in rule.match))
             cube = both(cube, UNTAGGED)
             self._allow(self.numbers[rule.output], Receives(may & containers, CubeSet((cube,)), foreign, rule.path))
+
+
+def granted(source_: Member, target_: Member, protocol: str, port: int) -> tuple[Cube, Cube]:
+    """The packets that a grant lets through: those of its connections, and what replies to these look like."""
+    opened = both(_between(source_, target_), *_ports(protocol, dst=port))
+    return opened, both(_between(target_, source_), *_ports(protocol, src=port))
+
+
+def _between(one: Member, other: Member) -> Cube:
+    ends = bits(fields.IPV4_SRC, one.address), bits(fields.IPV4_DST, other.address)
+    return both(IPV4, *ends, bits(fields.IP_FRAG, 0, 3))
 
 
 def _ports(protocol: str, *, src: int | None = None, dst: int | None = None) -> list[Cube]:

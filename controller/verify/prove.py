@@ -17,7 +17,7 @@ from controller.frame import Port
 from controller.model import Bridge, DesiredState
 from controller.problems import BulkheadError
 from controller.verify.cubes import Exhausted, Meter, empty, witness
-from controller.verify.explore import ANYWHERE, Explorer, Learned, Region, Sent, TooLarge
+from controller.verify.explore import ANY_ZONE, ANYWHERE, Explorer, Learned, Region, Sent, TooLarge, is_kept, kept_in
 from controller.verify.packetwords import words
 from controller.verify.policy import ANY_ARP, NONE, Policy, Receives, Senders, both
 from controller.verify.reached import Outdated, Reached
@@ -172,6 +172,12 @@ def _rewrites(sent: Sent) -> bool:
     return bool((overlay.mask | overlay.unknown | overlay.copied) & _TOLD_APART)
 
 
+def _allowed(receives: Sequence[Receives], sent: Sent) -> list[Receives]:
+    """Those that what connection tracking has said of the packets satisfies."""
+    said = sent.overlay.value, sent.overlay.mask
+    return [may for may in receives if inside(said, may.tracked)]
+
+
 def _refused(receives: Sequence[Receives]) -> Iterator[tuple[Cube, tuple[Cube, ...]]]:
     """What none of `receives` lets out, as cubes with what is taken from each.
 
@@ -192,6 +198,14 @@ def _refused(receives: Sequence[Receives]) -> Iterator[tuple[Cube, tuple[Cube, .
         excepted = [common for but in may.but if (common := meet(cube, but)) is not None]
         stack += [(at + 1, common, beside) for common in reversed(excepted)]
         stack.append((at + 1, cube, (*beside, *among)))
+
+
+class _Forbidden(NamedTuple):
+    """Packets of `cube` that are in none of `beside`, but for those that one of `tracked` allows for their connection."""
+
+    cube: Cube
+    beside: tuple[Cube, ...]
+    tracked: tuple[Receives, ...] = ()
 
 
 class _Suspect(NamedTuple):
@@ -322,9 +336,12 @@ class _Proof:
         for number in more:
             self.reached.learn_again(number)
         self.reached.judge_again(ANYWHERE)  # to ports that are new too
+        self.reached.judge_again(ANY_ZONE)
         for number in self.policy.receives.keys() | old.receives.keys():
             before_, may = old.receives.get(number, ()), self.policy.receives.get(number, ())
-            if before_ is not may and before_ != may and not all(any(a.within(b) for b in may) for a in before_):
+            # To keep connections is nobody's affair until a grant rests on them.
+            less = is_kept(number) or not all(any(a.within(b) for b in may) for a in before_)
+            if before_ is not may and before_ != may and less:
                 self.reached.judge_again(number)
 
     def _judge(self, sent: Sent) -> None:
@@ -337,6 +354,9 @@ class _Proof:
     def _receivers(self, sent: Sent) -> list[int]:
         if sent.port == ANYWHERE:
             return [*(number for number in self.ports.numbers(self.ports.all) if number >= 0), ANYWHERE]
+        if is_kept(sent.port):  # in zones that no grant rests on anything may be kept
+            zones = [number for number in self.policy.receives if is_kept(number)]
+            return [sent.port] if zones and sent.port in (ANY_ZONE, *zones) else []
         return [sent.port]
 
     def _excess(self, port: int, sent: Sent) -> Iterator[int]:
@@ -351,8 +371,9 @@ class _Proof:
             if not inside(region.cube, ANY_ARP):
                 yield from self.ports.numbers(region.ports)
             return
-        left = self.ports.fold(region.ports & ~self.ports.one(port))  # output to the port it came in by is skipped
-        allowed = self.policy.receives.get(port, ()) if region.owned and not _rewrites(sent) else ()
+        # Output to the port it came in by is skipped.
+        left = self.ports.fold(region.ports if is_kept(port) else region.ports & ~self.ports.one(port))
+        allowed = _allowed(self.policy.receives.get(port, ()), sent) if region.owned and not _rewrites(sent) else ()
         for receives in allowed:
             group = left & receives.ports
             if not group or any(self._meets(region, cube) for cube in receives.but):
@@ -375,29 +396,32 @@ class _Proof:
         common = meet(region.cube, cube)
         return common is not None and not empty(common, region.minus, self.explorer.meter)
 
-    def _forbidden(self, port: int, number: int) -> Iterator[tuple[Cube, tuple[Cube, ...]]]:
-        """What must not go from `number` to `port`, as cubes with what is taken from each."""
+    def _forbidden(self, port: int, number: int) -> Iterator[_Forbidden]:
+        """What must not go from `number` to `port`."""
         if port == fields.IN_PORT:
-            yield ALL, (ANY_ARP,)
+            yield _Forbidden(ALL, (ANY_ARP,))
             return
         senders = self.policy.senders.get(number, NO_SENDERS)
-        yield ALL, tuple(senders.among)
+        yield _Forbidden(ALL, tuple(senders.among))
         for cube in senders.but:
-            yield cube, ()
+            yield _Forbidden(cube, ())
         bit = self.ports.fold(self._bit(number))
         mine = [r for r in self.policy.receives.get(port, ()) if r.ports & bit]
-        yield from _refused(mine)
+        tracked = tuple(r for r in mine if r.tracked != ALL)
+        for cube, beside in _refused([r for r in mine if r.tracked == ALL]):
+            yield _Forbidden(cube, beside, tracked)
 
     def _confirm(self, port: int, number: int, budget: list[int]) -> Finding | None:
         bit = self._bit(number)
-        for cube, beside in self._forbidden(port, number):
+        for cube, beside, tracked in self._forbidden(port, number):
             start = Region(bit, both(cube, ENTERING), beside)
             if beside and empty(cube, beside, self.explorer.meter):
                 continue
             for found, way in self.explorer.paths(start, PATH_STEPS, budget):
                 if found.port not in (port, ANYWHERE):
                     continue
-                header = witness(found.region.cube, found.region.minus, self.explorer.meter)
+                excused = (c for may in _allowed(tracked, found) for c in may.among)
+                header = witness(found.region.cube, (*found.region.minus, *excused), self.explorer.meter)
                 if header is not None:
                     return self._finding(number, port, header, way)
         return self._confirm_rewritten(port, number, budget)
@@ -418,10 +442,14 @@ class _Proof:
         source = self.policy.name(number) if number >= 0 else "an undeclared port"
         special = {fields.IN_PORT: "the port it came in by", ANYWHERE: "any port there may be"}
         target = special.get(port) or self.policy.name(port)
+        leaves = "leave by"
+        if is_kept(port):
+            zone = "of any zone" if port == ANY_ZONE else f"of zone {kept_in(port)}"
+            target, leaves = f"the connections {zone}", "be kept among"
         given = number if number >= 0 else self.ports.unused()
         packet = words(given, header)
         flows = tuple(rule.flow for rule in way if rule is not None)
-        text = f"a packet from {source} can leave by {target}, and nothing in the state allows it"
+        text = f"a packet from {source} can {leaves} {target}, and nothing in the state allows it"
         return Finding(self.bridge, text, Counterexample(source, target, packet, flows))
 
     # --------------------------------------------------------------------------------------------------- for explorer

@@ -12,13 +12,15 @@ from typing import NamedTuple
 
 from controller import fields
 from controller.events import JSON
+from controller.grants import openings
 from controller.model import DesiredState
+from controller.verify import space
 from controller.verify.cubes import witness
 from controller.verify.endpoints import Endpoint, endpoints, services, vpn_port
 from controller.verify.explore import Region
 from controller.verify.node import Arrival, Node
 from controller.verify.packetwords import words
-from controller.verify.policy import IP, PROTOCOLS, both
+from controller.verify.policy import IP, PROTOCOLS, both, granted
 from controller.verify.space import ALL, Cube, bits, get, meet
 
 _PROTOCOL_NAMES = {number: name for name, (number, _, _) in PROTOCOLS.items()}
@@ -39,7 +41,7 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What can get from one endpoint to another.
+    """What can get from one endpoint to another. Replies to what a grant lets the other open belong to the other's cell.
 
     `open`: kinds of packets that get there by themselves; `answers`: those that only follow what the target has sent.
     `kinds` are all there are, `example` is a packet that gets there, in ovs-ofctl's words.
@@ -95,8 +97,9 @@ def reach(state: DesiredState, sources: Iterable[Endpoint] = (), targets: Iterab
     node, everybody = Node.declared(state), endpoints(state)
     columns = tuple(targets) or everybody
     offered = {target.name: services(target, vpn_port(state, target)) for target in columns}
+    replies = Replies(state)
     for source in tuple(sources) or everybody:
-        yield Matrix((source,), columns, row(node, source, columns, offered))
+        yield Matrix((source,), columns, row(node, source, columns, offered, replies))
 
 
 def whole(state: DesiredState) -> Matrix:
@@ -106,8 +109,28 @@ def whole(state: DesiredState) -> Matrix:
     return Matrix(tuple(m.rows[0] for m in rows), rows[0].columns if rows else (), cells)
 
 
+class Replies:
+    """Tells replies to connections that grants let through. That nothing else looks like one is proved of each bridge."""
+
+    def __init__(self, state: DesiredState) -> None:
+        self._cubes: dict[tuple[str, str], list[Cube]] = {}
+        for o in openings(state):
+            replies = granted(o.source, o.target, o.protocol, o.port)[1]
+            self._cubes.setdefault((o.target.id, o.source.id), []).append(replies)
+
+    def without(self, source: Endpoint, target: Endpoint, arrivals: Iterable[Arrival]) -> list[Arrival]:
+        """Those of the arrivals from `source` at `target` that are no such replies."""
+        ends = source.member, target.member
+        cubes = self._cubes.get((ends[0].id, ends[1].id), ()) if ends[0] is not None and ends[1] is not None else ()
+        return [a for a in arrivals if not (a.learned and any(space.inside(a.region.cube, cube) for cube in cubes))]
+
+
 def row(
-    node: Node, source: Endpoint, targets: Iterable[Endpoint], offered: Mapping[str, Mapping[tuple[str, int], str]]
+    node: Node,
+    source: Endpoint,
+    targets: Iterable[Endpoint],
+    offered: Mapping[str, Mapping[tuple[str, int], str]],
+    replies: Replies,
 ) -> dict[Pair, Cell]:
     """The cells of one source. `offered` are the targets' services by their names."""
     there: dict[object, list[Arrival]] = {}
@@ -115,14 +138,15 @@ def row(
         there.setdefault(arrival.end, []).append(arrival)
     numbers = node.bridges[source.end[0]].numbers
     return {
-        (source.name, target.name): _cell(there.get(target.end, ()), offered[target.name], numbers[source.end[1]])
+        (source.name, target.name): _cell(
+            replies.without(source, target, there.get(target.end, ())), offered[target.name], numbers[source.end[1]]
+        )
         for target in targets
         if target.name != source.name
     }
 
 
-def _cell(arrivals: Iterable[Arrival], offered: Mapping[tuple[str, int], str], in_port: int) -> Cell:
-    arrivals = list(arrivals)
+def _cell(arrivals: list[Arrival], offered: Mapping[tuple[str, int], str], in_port: int) -> Cell:
     kinds = kinds_of(arrivals, offered)
     open_: dict[str, None] = {}
     answers: dict[str, None] = {}
@@ -158,7 +182,7 @@ def kinds_of(arrivals: Iterable[Arrival], offered: Mapping[tuple[str, int], str]
     for arrival in arrivals:
         for cube in (arrival.region.cube, *arrival.region.minus):
             named = _named(cube)
-            if named is not None:
+            if named is not None and not _idle(cube, arrival.region):
                 ports.setdefault(named, f"{named[0]}/{named[1]}")
     single = [kind_of(*key, label) for key, label in sorted(ports.items(), key=lambda item: item[0])]
     out = list(single)
@@ -169,6 +193,11 @@ def kinds_of(arrivals: Iterable[Arrival], offered: Mapping[tuple[str, int], str]
     known = tuple(bits(fields.IP_PROTO, number) for number in (1, *_PROTOCOL_NAMES))
     out.append(Kind("other", _IPV4, known))
     return (*out, Kind(FRAMES, ALL, (_IPV4,)))
+
+
+def _idle(cube: Cube, region: Region) -> bool:
+    """Whether a cube is taken from a region by another that takes more: it tells nothing apart."""
+    return any(other != cube and space.inside(cube, other) for other in region.minus)
 
 
 def _named(cube: Cube) -> tuple[str, int] | None:

@@ -140,7 +140,7 @@ class _Shape:
 
 
 _HERE, _NOWHERE = -1, -2
-"""As where a flow leads: something leaves, or is learned, by the flow itself; or it drops."""
+"""As where a flow leads: something leaves, is learned or committed, by the flow itself; or it drops."""
 
 
 @dataclass(slots=True)
@@ -297,7 +297,7 @@ def _leads_by(action: Action) -> set[int]:
         case Resubmit(table):
             return {table, _HERE}
         case Ct(table=table):
-            return set() if table is None else {table}
+            return ({_HERE} if action.commit else set()) | ({table} if table is not None else set())
         case Clone(actions):
             return set().union(*map(_leads_by, actions))
     return {_HERE}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from controller import fields
 from controller.compile import Names
 from controller.events import JSON
-from controller.flow import Flow, Output, SetField
+from controller.flow import Ct, Flow, Output, SetField
 from controller.frame import LOCAL_NAME
 from controller.model import BridgeKind, DesiredState, Role
 from controller.pipeline import KIND, OUT, REFUSED, VIOLATION, Violation, table_name
@@ -102,6 +102,8 @@ class Teller:
         key, _, service = rest.partition("/")
         if kind == "member":
             return self._members.get(key, name)
+        if kind == "grant":
+            return f"grant {rest}"
         if kind == "service":
             return f"{service} of {self._members.get(key, key)}"
         return f"network {rest}" if kind == "network" else rest if kind == "rule" else name
@@ -182,6 +184,10 @@ def _parts(flow: Flow, held: Held, mesh: bool) -> Iterator[str]:
                 pass
             case SetField(header, value) if header == OUT.header:
                 yield f"to port {held.port(value)}"
+            case Ct(commit=True):
+                yield "keeps its connection"
+            case Ct(table=int(table)):
+                yield f"looks its connection up, then {table_name(table, mesh=mesh)}"
             case _ if isinstance(action, SetField):
                 pass
             case _:
@@ -194,4 +200,5 @@ _SHORT = {
     "Learn": "learns the way back",
     "Resubmit": "looks for a learned way back",
     "Move": "turns it into the answer",
+    "DecTtl": "one hop less",
 }

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from controller.flow import Flow
-from controller.verify.explore import ANYWHERE, DEPTH, NEW, TRK, Explorer, Learned, Place, Region, Sent
+from controller.verify.explore import ANYWHERE, DEPTH, NEW, TRK, Explorer, Learned, Place, Region, Sent, is_kept
 from controller.verify.rules import OTHER, Ports, Rule, Rules
 from controller.verify.space import ENTERING, PLACES
 
@@ -103,7 +103,9 @@ class _Walk:
                         self.doubts["NORMAL, FLOOD, ALL or an action that is not understood: it may leave anywhere"] = (
                             None
                         )
-                    if port != self.in_port:  # Open vSwitch skips an output to where the packet came from
+                    if port != self.in_port and not is_kept(
+                        port
+                    ):  # Open vSwitch skips an output to where the packet came from
                         self.sent.append((port, overlay.known(region.cube)[0]))
                 case Learned():
                     self.learned.append(outcome)

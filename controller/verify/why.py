@@ -11,12 +11,13 @@ from enum import StrEnum
 
 from controller import fields
 from controller.events import JSON
+from controller.grants import openings
 from controller.model import DesiredState, Ipv4, Role
 from controller.problems import BulkheadError
 from controller.verify.endpoints import SOMEBODY, Endpoint, packet, services, vpn_port
 from controller.verify.node import Arrival, Node
 from controller.verify.policy import PROTOCOLS
-from controller.verify.reach import FRAMES, Kind, inside, kind_of, kinds_of
+from controller.verify.reach import FRAMES, Kind, Replies, inside, kind_of, kinds_of
 from controller.verify.space import bits, meet
 from controller.verify.tell import Teller, Told, who
 
@@ -84,12 +85,14 @@ def why(
     node, teller = Node.declared(state), Teller(state)
     offered = services(target, vpn_port(state, target))
     arrivals = [a for a in node.arrivals(source.end, taught=True) if a.end == target.end]
+    arrivals = Replies(state).without(source, target, arrivals)
+    grants = _grants(state, source, target)
     kinds = (kind_of(*service),) if service is not None else kinds_of(arrivals, offered)
     if to is not None:
         kinds = tuple(_at(kind, to) for kind in kinds)
     found = {learned: _example(arrivals, kinds, learned=learned) for learned in (False, True)}
     verdict = Verdict.YES if found[False] is not None else Verdict.ANSWERS if found[True] is not None else Verdict.NO
-    asked = service or next(iter(offered), ("tcp", 80))
+    asked = service or next(iter(grants), next(iter(offered), ("tcp", 80)))
     header = packet(source, target, *asked)
     example = found[False]
     if example is not None:
@@ -98,8 +101,29 @@ def why(
         header = next((each for each in usual if _arrives(node, source, target, each)), example)
     told = _tell(node, teller, source, header)
     answer = _answer(verdict, source, target, service, to)
+    if verdict is Verdict.YES and grants:
+        answer += f" {_by_grants(grants, service)}"
+    if verdict is Verdict.NO and (back := _grants(state, target, source)):
+        answer = f"No: {who(source)} can open nothing to {who(target)}, and only replies to {_listed(back)}."
     needed = "" if verdict is Verdict.YES else _needed(state, source, target, service, told[-1])
     return Why(verdict, answer, told, needed)
+
+
+def _grants(state: DesiredState, source: Endpoint, target: Endpoint) -> dict[Service, str]:
+    """What grants open from one to the other, with the grant."""
+    if source.member is None or target.member is None:
+        return {}
+    ends = source.member.id, target.member.id
+    return {(o.protocol, o.port): o.grant for o in openings(state) if (o.source.id, o.target.id) == ends}
+
+
+def _listed(grants: Mapping[Service, str]) -> str:
+    return " and ".join(f"{protocol} port {port} (grant {grant})" for (protocol, port), grant in grants.items())
+
+
+def _by_grants(grants: Mapping[Service, str], service: Service | None) -> str:
+    opened = grants if service is None else {service: grants[service]}
+    return f"Open is {_listed(opened)}, with replies."
 
 
 def _at(kind: Kind, address: Ipv4) -> Kind:
@@ -147,18 +171,31 @@ def _needed(state: DesiredState, source: Endpoint, target: Endpoint, service: Se
     if target.role is Role.HOST:
         return "Nothing does: the host offers its networks nothing. Put the service into a container"
     if source.network != target.network:
-        by = _by(service) or " by one protocol and port"
-        return (
-            f"Only an approved grant from {source.name} ({source.network}) to {target.name} ({target.network}){by} may, with "
-            "replies and nothing else coming back. This version makes no grants, and nothing in a state file joins two "
-            "networks: have both in one network, or carry the data by hand"
-        )
+        return _needs_grant(state, source, target, service)
     stopper = last.decider
     if stopper is not None and stopper.app == "services" and stopper.object.startswith("openflow."):
         return f"The state file's own flow stops it: change or remove {stopper.object}"
     if source.role is Role.HOST and target.member is not None:
         return _exposed(state, target, service)
     return "Nothing in the state file does this: the line above says which rule decides"
+
+
+def _needs_grant(state: DesiredState, source: Endpoint, target: Endpoint, service: Service | None) -> str:
+    names = f"from {source.name} ({source.network}) to {target.name} ({target.network})"
+    if source.member is None or target.member is None:
+        return (
+            f"Nothing does: only an approved grant joins two networks, from a container to a container, so not {names}. "
+            "Nothing in a state file does"
+        )
+    if service is not None and service[0] == "icmp":
+        return f"Nothing does: a grant {names} is for tcp, udp or sctp and one port, and icmp has none"
+    opened = _grants(state, source, target)
+    told = f" Open is {_listed(opened)} alone." if opened else ""
+    by = _by(service) or " by one protocol and port"
+    return (
+        f"An approved grant {names}{by}, with replies and nothing else coming back; nothing in a state file joins two "
+        f"networks.{told} Ask for one: bulkhead grant --help"
+    )
 
 
 def _way_out(state: DesiredState, source: Endpoint, target: Endpoint) -> str:

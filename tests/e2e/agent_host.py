@@ -113,9 +113,17 @@ class BareHost:
         while not good():
             if time.monotonic() - began > limit_s:
                 rows = [row for row in self.status()["resources"] if row["phase"] != "done"]
-                raise AssertionError(f"not {what} after {limit_s} s: {rows}\n{self.log('agent')[-2000:]}")
+                raise AssertionError(f"not {what} after {limit_s} s: {rows}\n{self._how_it_is()}")
             time.sleep(0.02)
         return time.monotonic() - began
+
+    def _how_it_is(self) -> str:
+        """What may tell why it is not as it should be."""
+        said = "\n".join(self.log(name)[-2000:] for name in ("agent", "controller", "up"))
+        asked = ("ip -br address", "ip -n bulkhead-102 -br address; ip -n bulkhead-102 route; ip -n bulkhead-102 neigh")
+        ports = f"ovs-vsctl --db={self.ovs.db} --columns=name,ofport,error,external_ids,type list interface"
+        flows = f"ovs-ofctl dump-flows {self.ovs.ctl.parent}/vmbr0.mgmt table=0"
+        return "\n".join([said, *(self.machine.sh(f"{script} || true") for script in (*asked, ports, flows))])
 
     def pids(self) -> set[int]:
         """Ids of the processes inside, as they see them."""

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from controller.agent.keys import new_private_key
 from controller.agent.resource import Failed, Waiting
-from controller.agent.vpn import public_key
 from controller.agent.wireguard import Resolver, show
 from controller.hostmodel import Endpoint, Peer, Tunnel
 from controller.model import Prefix
+from controller.wgkeys import new_private_key, public_key
 
 from .apart import apart
 from .test_wireguard import DEVICE, LEG, World, sh

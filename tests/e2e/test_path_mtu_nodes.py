@@ -91,11 +91,11 @@ def test_a_clients_configuration_works_with_wg_quick(bulk: Status) -> None:
     state_file = bulk.run_dir / "nodes" / bulk.node / "node.yaml"
     command = [sys.executable, "-c", "from controller.cli import main; main()"]
     line = manager.command_in(
-        bulk, manager.find_host(bulk, bulk.node), [*command, "vpn", "add", str(state_file), "phone"]
+        bulk, manager.find_host(bulk, bulk.node), [*command, "vpn", "add", "--file", str(state_file), "phone"]
     )
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     made = subprocess.run([*line, "--json"], capture_output=True, text=True, timeout=60, env=env, check=True)
-    text = json.loads(made.stdout)["configuration"]
+    text = json.loads(made.stdout)["config"]
     kept = "\n".join(line for line in text.splitlines() if not line.startswith("DNS"))  # needs a resolvconf
     apart = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-ec", WG_QUICK]
     done = subprocess.run(apart, input=kept, capture_output=True, text=True, timeout=60, check=False)

@@ -69,7 +69,7 @@ class VpnHost(BareHost):
             )
             self._started.append(self._asked)
         assert self._asked.stdin is not None and self._asked.stdout is not None
-        told = ["vpn", what, *self.options("state"), str(file or self.state_file), *arguments]
+        told = ["vpn", what, *self.options("state"), "--file", str(file or self.state_file), *arguments]
         self._asked.stdin.write(json.dumps(told) + "\n")
         self._asked.stdin.flush()
         code, out, err, exception = json.loads(self._asked.stdout.readline())
@@ -78,7 +78,7 @@ class VpnHost(BareHost):
 
     def vpn_alone(self, what: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """The same, in a process of its own."""
-        return self.bulkhead("vpn", what, *self.options("state"), str(self.state_file), *arguments)
+        return self.bulkhead("vpn", what, *self.options("state"), "--file", str(self.state_file), *arguments)
 
     def add(self, name: str) -> str:
         done = self.vpn("add", name)
@@ -243,7 +243,7 @@ def test_a_file_without_vpn_or_endpoint(host: VpnHost, tmp_path: Path) -> None:
 
 def test_not_root(host: VpnHost) -> None:
     script = "import os; os.setuid(65534); from controller.cli import main; main()"
-    command = host.command("vpn", "list", str(host.state_file))
+    command = host.command("vpn", "list", "--file", str(host.state_file))
     command[command.index("-c") + 1] = script
     done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}, check=False)
     assert done.returncode == 2 and "only root may read; run it with sudo" in done.stderr, done.stderr

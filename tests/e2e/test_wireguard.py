@@ -14,16 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from controller.agent.keys import KeyStore, Secret, new_private_key, new_shared_key
+from controller.agent.keys import KeyStore
 from controller.agent.links import Interface, Namespace
 from controller.agent.netlink import Nets
 from controller.agent.process import Program, Programs
 from controller.agent.reconciler import Done, Reconciler
 from controller.agent.resource import Failed
-from controller.agent.vpn import public_key
 from controller.agent.wireguard import WgConfig, WireGuard, read_dump, resolve
 from controller.hostmodel import Endpoint, Peer, Tunnel
 from controller.model import Ipv4, Prefix
+from controller.wgkeys import Secret, new_private_key, new_shared_key, public_key
 
 from .apart import apart
 

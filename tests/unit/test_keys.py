@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controller.agent.keys import KeyStore, Secret, clamped, is_key, new_private_key, new_shared_key, read_key
+from controller.agent.keys import KeyStore, read_key
 from controller.agent.resource import Failed
+from controller.wgkeys import Secret, clamped, is_key, new_private_key, new_shared_key
 
 KEY = "yAnz5TF+lXXJte14tji3zlMNq+hd2rYUIgJBgB3fBmk="
 

@@ -7,11 +7,12 @@ import pytest
 from apps import MESH_APP, SOCKET_APPS
 from controller import fields
 from controller.fields import BY_NAME
-from controller.flow import Action, Bits, Learn, Load, Match, Move, Output, Raw, Resubmit, SetField, whole
+from controller.flow import Action, Bits, Ct, DecTtl, Learn, Load, Match, Move, Output, Raw, Resubmit, SetField, whole
 from controller.model import Role
 from controller.pipeline import (
     ADMIT,
     CANARY,
+    CROSS,
     CROSSOVER,
     DROP,
     EGRESS,
@@ -101,13 +102,16 @@ SAMPLES: tuple[Action, ...] = (
     Load(1, Bits(OUT.header, 0, 16)),
     Resubmit(RETURN.id),
     LEARN,
+    Ct(),
+    DecTtl(),
     Raw(b""),
 )
 MAY: dict[Table, set[type]] = {
     ADMIT: {SetField},
     SPOOF_GUARD: {SetField},
     NEIGHBOUR: {SetField, Move, Output},
-    GRANT: set(),
+    GRANT: {Ct},
+    CROSS: {SetField, Ct, DecTtl},
     ISOLATE: {SetField},
     SERVICE: {SetField, Learn, Resubmit},
     RETURN: set(),
@@ -142,6 +146,14 @@ def test_a_resubmit_or_learn_into_any_other_table() -> None:
         SERVICE.flow(0, 1, act(Resubmit(OUTPUT_GUARD.id)))
     with pytest.raises(PipelineError, match="may learn into RETURN only, not table 1"):
         SERVICE.flow(0, 1, act(Learn(1, 100, 1, 1, 1, 1, ())))
+
+
+def test_connections_are_looked_up_on_the_way_into_cross_alone() -> None:
+    assert GRANT.flow(0, 1, act(Ct(7, CROSS.id))).actions == (Ct(7, CROSS.id),)
+    with pytest.raises(PipelineError, match="GRANT may not go to table 90"):
+        GRANT.flow(0, 1, act(Ct(7, OUTPUT_GUARD.id)))
+    with pytest.raises(PipelineError, match="CROSS may not go to table 40"):
+        CROSS.flow(0, 1, act(Ct(7, ISOLATE.id)))
 
 
 @pytest.mark.parametrize("priority", [-1, Band.FRAME_DENY + 51, Band.RULE, 0xFFFF])
@@ -180,7 +192,8 @@ def test_every_road_to_a_port_leads_through_the_guard() -> None:
     """Only these tables output: the guard, VIOLATION (to the controller) and NEIGHBOUR (back where it came from)."""
     may_output = {table.name for table in SOCKET_TABLES if Output in table.actions}
     assert may_output == {"NEIGHBOUR", "OUTPUT_GUARD", "VIOLATION"}
-    assert ISOLATE.next == (SERVICE, VIOLATION) and GRANT.next == (ISOLATE,)
+    assert ISOLATE.next == (SERVICE, VIOLATION) and GRANT.next == (CROSS, ISOLATE)
+    assert CROSS.next == (OUTPUT_GUARD, VIOLATION) and [t.name for t in SOCKET_TABLES if CROSS in t.next] == ["GRANT"]
     into_service = [table.name for table in SOCKET_TABLES if SERVICE in table.next]
     assert into_service == ["ISOLATE"], "nothing goes round ISOLATE"
     assert [table.name for table in SOCKET_TABLES if ISOLATE in table.next] == ["GRANT"]

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from controller import statefile
+from controller.hostmodel import Api, HostState
 from controller.model import Bridge, BridgeKind, DesiredState, Egress, Ipv4, Mac, Mesh, Prefix, Service, Vpn
 from controller.problems import InvalidInput, Problem, Severity
 
@@ -917,3 +918,61 @@ class TestSchema:
             "lxc",
         }
         assert schema["additionalProperties"] is False
+
+
+class TestApi:
+    def host(self, *changes: Change) -> HostState:
+        tree = example()
+        both(*changes)(tree)
+        return statefile.loads(json.dumps(tree), "test.json").host
+
+    def test_the_one_container_that_offers_it_is_its(self) -> None:
+        api = self.host().api
+        assert (api.container_id, str(api.address), api.port, api.self_approval) == ("201", "10.1.0.201", 9573, False)
+
+    def test_two_that_offer_it_are_nobody(self) -> None:
+        assert self.host(put("lxc.containers.2.properties.services.0.name", "API")).api.container_id is None
+
+    def test_null_is_none_and_another_may_be_named(self) -> None:
+        assert self.host(put("api", {"container": None})).api == Api()
+        api = self.host(put("api", {"container": 202, "port": 8443, "self_approval": True})).api
+        assert api == Api("202", Ipv4.parse("10.1.0.202"), 8443, self_approval=True)
+
+    def test_never_in_a_network_with_an_egress(self) -> None:
+        assert errors_of(put("api", {"container": "102"})) == {"api.container": ["api-exposed"]}
+        tree = example()
+        del tree["lxc"]["containers"][3]["properties"]["services"]
+        tree["lxc"]["containers"][1]["properties"]["services"] = [{"name": "api", "port": 9573}]
+        assert statefile.loads(json.dumps(tree), "test.json").host.api.container_id is None
+
+    def test_nobody_of_that_id(self) -> None:
+        assert errors_of(put("api", {"container": "209"})) == {"api.container": ["api-container"]}
+        # One that is misshapen may well be the one that is meant.
+        broken = both(put("api", {"container": "201"}), put("lxc.containers.3.veth", 7))
+        assert errors_of(broken) == {"lxc.containers[3].veth": ["wrong-type"]}
+
+    def test_half_a_certificate(self) -> None:
+        assert errors_of(put("api", {"certificate": "/etc/api.pem"})) == {"api.private_key": ["missing-key"]}
+        api = self.host(put("api", {"certificate": "/etc/api.pem", "private_key": "/etc/api.key"})).api
+        assert (str(api.certificate), str(api.private_key)) == ("/etc/api.pem", "/etc/api.key")
+
+    def test_its_port_is_not_opened_to_the_world(self) -> None:
+        firewall = self.host(
+            put("api", {"port": 8443}), put("networking.firewall", {"allowedTCPPorts": [8443]})
+        ).firewall
+        assert firewall is not None and (firewall.tcp, firewall.local_tcp) == ((), (8443,))
+
+    def test_checks(self) -> None:
+        services = "lxc.containers.3.properties.services"
+        host = self.host(put(f"{services}.0.check", "http:/healthz"), put(f"{services}.1.check", "tcp"))
+        assert [(one.key, str(one.address), one.port, one.check) for one in host.checks] == [
+            ("201/api", "10.1.0.201", 9573, "http:/healthz"),
+            ("201/api-alt", "10.1.0.201", 9574, "tcp"),
+        ]
+        assert self.host(put(f"{services}.0.check", "tcp"), put("lxc.containers.3.running", False)).checks == ()
+        path = "lxc.containers[3].properties.services[0].check"
+        for check in ("udp", "http:", "http:/a b", "https:/x", 7, "http:/" + "a" * 300):
+            assert errors_of(put(f"{services}.0.check", check))[path][0] in ("bad-check", "wrong-type")
+        assert errors_of(both(put(f"{services}.0.check", "tcp"), put(f"{services}.0.protocol", "udp")))[path] == [
+            "check-mismatch"
+        ]

@@ -38,7 +38,7 @@ def changed(tmp_path: Path, *pairs: tuple[str, str]) -> Path:
 QUESTIONS = {
     "xray mcp-server tcp/9573": (1, "No: no packet", "ISOLATE", "grant from xray (privacy) to mcp-server (management)"),
     "mcp-server xray": (1, "No: no packet", "ISOLATE", "nothing in a state file joins two networks"),
-    "management/mesh xray": (1, "No: no packet", "ISOLATE", "grant from management/mesh"),
+    "management/mesh xray": (1, "No: no packet", "ISOLATE", "so not from management/mesh"),
     "privacy/mesh management/mesh": (1, "No: no packet", "ISOLATE", "grant"),
     "management/host mcp-server 22": (1, "No: no packet", "SERVICE", "tcp port 22 among the services of mcp-server"),
     "management/host monitoring": (1, "No: no packet", "SERVICE", "exposed: true"),

@@ -1,0 +1,89 @@
+"""What the routes share: the view, the operations, and how a request is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Header, Query, Request
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from controller.api.access import Principal
+from controller.api.operations import Answer, Asked, Operations, Target, request_digest
+from controller.api.problem import MEDIA_TYPE
+from controller.api.routes import Routes
+from controller.api.settings import Settings
+from controller.api.view import View, encoded
+from controller.store import Change
+
+Wait = Annotated[bool, Query(description="Answer when it is real; otherwise at once, with an operation to ask for.")]
+Timeout = Annotated[float, Query(ge=0, le=300, description="How many seconds to wait until it is real.")]
+Prefer = Annotated[str | None, Header(max_length=200, description="`respond-async` is `wait=false`.")]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        pattern=r'^[\x21\x23-\x7e]{1,255}$|^"[\x20-\x21\x23-\x7e]{1,253}"$',
+        description="The same request with the same key is carried out once, and answered the same again.",
+    ),
+]
+
+
+@dataclass(slots=True)
+class Context:
+    """What a route needs."""
+
+    settings: Settings
+    view: View
+    operations: Operations
+    routes: Routes
+
+    def principal(self, request: Request) -> Principal:
+        """Who asks."""
+        found: Principal = request.state.principal
+        return found
+
+    def read(self, request: Request, name: str, make: Callable[[], BaseModel]) -> Response:
+        """An answer that is kept until something changes; nothing where the caller has it already."""
+        body, tag = self.view.cached(name, make)
+        if tag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers={"ETag": tag})
+        return Response(body, media_type="application/json", headers={"ETag": tag})
+
+    async def change(
+        self,
+        request: Request,
+        kind: str,
+        function: Callable[[Change], Target],
+        *,
+        wait: bool = True,
+        timeout_s: float | None = None,
+        prefer: str | None = None,
+        key: str | None = None,
+        about: dict[str, Any] | None = None,
+    ) -> Response:
+        """Carry out a change and answer it. Raises `ApiProblem`."""
+        request.state.about = about if about is not None else {}
+        waits = wait and "respond-async" not in (prefer or "")
+        limit = self.settings.limits.wait_s if timeout_s is None else timeout_s
+        path = str(request.url.path)
+        asked = Asked(
+            self.principal(request),
+            kind,
+            request_digest(request.method, path, await request.body()),
+            (key or "").strip('"'),
+            limit if waits else None,
+        )
+        return sent(await self.operations.carry_out(asked, function))
+
+
+def sent(answer: Answer) -> Response:
+    """An answer as Starlette sends it."""
+    media_type = "application/json" if answer.good else MEDIA_TYPE
+    return Response(answer.body, answer.status, dict(answer.headers), media_type)
+
+
+def made(value: BaseModel, status: int = 200) -> Response:
+    """A value as an answer."""
+    return Response(encoded(value), status, media_type="application/json")

@@ -1,0 +1,87 @@
+"""The options that say which node this is and where the store is, for every command that needs them. Imports the store, late."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from controller.problems import BulkheadError
+
+if TYPE_CHECKING:
+    from controller.store import Tls
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """`node` is this host's name in the store; without `addresses` there is no store. `files` are of TLS, or empty."""
+
+    node: str
+    addresses: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+
+    @property
+    def tls(self) -> Tls | None:
+        """For addresses that begin with ssl:."""
+        from controller.store import Tls
+
+        return Tls(*self.files) if self.files else None
+
+    def or_local(self, run_dir: Path) -> StoreOptions:
+        """These, or where none was given the store that `bulkhead up` runs there, if it does."""
+        path = run_dir.absolute() / SOCKET
+        return replace(self, addresses=(f"unix:{path}",)) if not self.addresses and path.exists() else self
+
+    def words(self) -> list[str]:
+        """The same as options of a command line."""
+        out = ["--node", self.node]
+        if self.addresses:
+            out += ["--store", ",".join(self.addresses)]
+        for name, path in zip(_FILES, self.files, strict=False):
+            out += [f"--{name}", str(path)]
+        return out
+
+
+SOCKET = "store.sock"
+_FILES = ("store-private-key", "store-certificate", "store-ca")
+
+
+def store_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options; it gets them as `store`, a `StoreOptions`."""
+
+    @wraps(function)
+    def wrapped(*args: Any, store: str, node: str, **kwargs: Any) -> None:
+        files = [kwargs.pop(name.replace("-", "_")) for name in _FILES]
+        if any(files) and not all(files):
+            raise BulkheadError("--store-private-key, --store-certificate and --store-ca go together; give all three")
+        addresses = tuple(filter(None, (part.strip() for part in store.split(","))))
+        for address in addresses:
+            if not address.startswith(("unix:", "tcp:", "ssl:")):
+                raise BulkheadError(f"--store: {address!r}; expected unix:PATH, tcp:HOST:PORT or ssl:HOST:PORT")
+            if address.startswith("ssl:") and not all(files):
+                raise BulkheadError(f"--store: {address} needs --store-private-key, --store-certificate and --store-ca")
+        given = StoreOptions(node, addresses, tuple(files) if all(files) else ())
+        function(*args, store=given, **kwargs)
+
+    options = [
+        click.option(
+            "--store",
+            default="",
+            envvar="BULKHEAD_STORE",
+            help="Where the store listens, one address or those of a cluster, with commas; none: the state file alone.",
+        ),
+        click.option(
+            "--node", default=os.uname().nodename, envvar="BULKHEAD_NODE", help="This host's name in the store."
+        ),
+        click.option(f"--{_FILES[0]}", type=click.Path(path_type=Path), help="For ssl: stores: our private key, PEM."),
+        click.option(f"--{_FILES[1]}", type=click.Path(path_type=Path), help="For ssl: stores: our certificate, PEM."),
+        click.option(f"--{_FILES[2]}", type=click.Path(path_type=Path), help="For ssl: stores: their CA, PEM."),
+    ]
+    for option in reversed(options):
+        wrapped = option(wrapped)
+    return wrapped
