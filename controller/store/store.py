@@ -443,7 +443,8 @@ class Store:
             if name is not None:
                 job.settle(job.tried[name][0], written[name])
                 continue
-            # An attempt may still be on its way through a cluster. It can only come next: then ours fails, and we ask again.
+            # An attempt may still be on its way through a cluster, and can only come next: then ours fails, and we ask
+            # again.
             job.tried = {name: tried for name, tried in job.tried.items() if tried[1] >= now}
             job.cleared = now
             again.append(job)
