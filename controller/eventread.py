@@ -118,8 +118,9 @@ class Cursor:
     or, after a restart, cut it off and write another in its place.
     """
 
-    def __init__(self, directory: Path, since_seq: int | None) -> None:
+    def __init__(self, directory: Path, since_seq: int | None, decoder: Callable[[bytes], Record] = decode) -> None:
         self._directory = directory
+        self._decode = decoder
         self._after = since_seq or 0
         self._asked = since_seq is not None
         self._segment: Segment | None = None
@@ -182,7 +183,7 @@ class Cursor:
 
     def _decoded(self, line: bytes) -> Record | None:
         try:
-            record = decode(line)
+            record = self._decode(line)
         except GarbledRecord as exc:
             number = f" (it says it is event {exc.seq})" if exc.seq else ""
             return self._notice(f"A line after event {self._after} is damaged{number}: {exc}. Verify the log.")

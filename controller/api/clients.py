@@ -110,7 +110,7 @@ def _server(api: Context, dialled: str | None) -> tuple[VpnServer, Endpoint, str
     try:
         return server, endpoint, vpnpool.server_public_key(api.settings.run_dir)
     except BulkheadError as exc:
-        raise ApiProblem("unavailable", f"{exc}.", headers={"Retry-After": "5"}) from exc
+        raise ApiProblem("no-vpn-server", f"{exc}.", headers={"Retry-After": "5"}) from exc
 
 
 def _endpoint(text: str) -> Endpoint:
@@ -143,6 +143,8 @@ def _shown(record: ClientRecord) -> models.Client:
 class Added:
     """A client that was added. After a restart its configuration is lost, and so is the client."""
 
+    stays = False
+
     def result(self, view: View, operation: OperationRecord) -> Answer:
         """The client; its configuration is put in where it is known."""
         for record in view.records.clients:
@@ -161,6 +163,8 @@ class Added:
 
 class Removed:
     """A client that was removed."""
+
+    stays = True
 
     def result(self, view: View, operation: OperationRecord) -> Answer:
         """The client as it was."""

@@ -163,6 +163,8 @@ def _end_grants(change: Change, container: str, who: str) -> None:
 class Created:
     """A container that was made; taken back as a whole."""
 
+    stays = False
+
     def result(self, view: View, operation: OperationRecord) -> Answer:
         """The container."""
         found = view.container_by_key(operation.object)
@@ -180,6 +182,8 @@ class Created:
 class Deleted:
     """A container that was deleted, which is never taken back."""
 
+    stays = True
+
     def result(self, view: View, operation: OperationRecord) -> Answer:
         """The container as it was."""
         return Answer(200, encoded(json.loads(operation.answer)))
@@ -191,6 +195,8 @@ class Deleted:
 
 class Switched:
     """A container that was started or stopped; it stays as asked for."""
+
+    stays = True
 
     def result(self, view: View, operation: OperationRecord) -> Answer:
         """The container."""

@@ -19,7 +19,7 @@ from controller.api.view import View, encoded
 from controller.store import Change
 
 Wait = Annotated[bool, Query(description="Answer when it is real; otherwise at once, with an operation to ask for.")]
-Timeout = Annotated[float, Query(ge=0, le=300, description="How many seconds to wait until it is real.")]
+Timeout = Annotated[float, Query(ge=0.1, le=300, description="How many seconds to wait until it is real.")]
 Prefer = Annotated[str | None, Header(max_length=200, description="`respond-async` is `wait=false`.")]
 IdempotencyKey = Annotated[
     str | None,

@@ -203,6 +203,8 @@ def expired(change: Change, now: float) -> list[GrantRecord]:
 class Requested:
     """A grant that was requested."""
 
+    stays = False
+
     def result(self, view: View, operation: OperationRecord) -> Answer:
         """The grant."""
         found = view.grant(_grant(view.records, operation.object.partition("/")[2]))
@@ -222,6 +224,7 @@ class Decided:
 
     def __init__(self, undone: bool) -> None:
         self._undone = undone
+        self.stays = not undone
 
     def result(self, view: View, operation: OperationRecord) -> Answer:
         """The grant."""

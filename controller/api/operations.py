@@ -82,6 +82,10 @@ class Target:
 class Kind(Protocol):
     """What is to be known of a kind of change, so that it can be gone on with after a restart as well."""
 
+    @property
+    def stays(self) -> bool:
+        """Whether it stays as asked for though it is late, instead of being taken back."""
+
     def result(self, view: View, operation: OperationRecord) -> Answer:
         """What is answered once it is real."""
 
@@ -265,17 +269,28 @@ class Operations:
 
     async def _alone(self, operation: OperationRecord, secret: Mapping[str, Any]) -> None:
         """Nobody waits for this one, so that its end is told."""
-        answer = await self._follow(operation, self._limits.wait_s, secret, keep=True)
+        kind = self._kinds[operation.kind]
+        wait_s = self._limits.longest_wait_s if kind.stays else self._limits.wait_s
+        answer = await self._follow(operation, wait_s, secret, keep=True, patient=False)
         self._done(operation, answer.status)
 
     async def _follow(
-        self, operation: OperationRecord, wait_s: float, secret: Mapping[str, Any], *, keep: bool
+        self, operation: OperationRecord, wait_s: float, secret: Mapping[str, Any], *, keep: bool, patient: bool = True
     ) -> Answer:
-        """Wait until an operation is real; undo it where it is refused or late. Writes down how it ended."""
+        """Wait until an operation is real; undo it where it is refused or late. Writes down how it ended.
+
+        What stays as asked for is waited for with nobody waiting once it is late, if there is patience.
+        """
         self._following.add(operation.id)
         try:
             kind = self._kinds[operation.kind]
-            answer = await self._outcome(operation, kind, wait_s)
+            found = Realized(False, "the store did not answer in time")
+            if operation.id not in self._unwanted:
+                found = await self._wait(operation, wait_s)
+            if kind.stays and not found.done and not found.refused and patient:
+                self._start(self._alone(operation, secret))
+                return accepted(operation)
+            answer = await self._outcome(operation, kind, found, wait_s)
             await self._finish(operation, answer, keep=keep, secret=bool(secret))
             if secret and answer.good:
                 answer = replace(answer, body=encoded(json.loads(answer.body) | dict(secret)))
@@ -283,10 +298,7 @@ class Operations:
         finally:
             self._following.discard(operation.id)
 
-    async def _outcome(self, operation: OperationRecord, kind: Kind, wait_s: float) -> Answer:
-        found = Realized(False, "the store did not answer in time")
-        if operation.id not in self._unwanted:
-            found = await self._wait(operation, wait_s)
+    async def _outcome(self, operation: OperationRecord, kind: Kind, found: Realized, wait_s: float) -> Answer:
         if not found.done:
             return await self._undone(operation, kind, found, wait_s)
         try:

@@ -31,6 +31,7 @@ CODES: dict[str, tuple[int, str]] = {
     "duplicate-address": (409, "The address is taken"),
     "declared": (409, "Declared in the state file"),
     "refused": (409, "The node refuses it"),
+    "not-realized": (409, "It was not made in time"),
     "ids-exhausted": (409, "No id is free"),
     "addresses-exhausted": (409, "No address is free"),
     "wrong-state": (409, "Not in its present state"),
@@ -49,7 +50,6 @@ CODES: dict[str, tuple[int, str]] = {
     "headers-too-large": (431, "The headers are too large"),
     "internal": (500, "A defect of the API was caught"),
     "unavailable": (503, "Not now"),
-    "not-realized": (503, "It was not made in time"),
 }
 
 

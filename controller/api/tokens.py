@@ -108,6 +108,8 @@ def _shown(record: TokenRecord) -> models.Token:
 class Created:
     """A token that was made."""
 
+    stays = False
+
     def result(self, view: View, operation: OperationRecord) -> Answer:
         """The token's record; the token itself is put in where it is known."""
         for record in view.records.tokens:
@@ -123,6 +125,8 @@ class Created:
 
 class Revoked:
     """A token that was revoked."""
+
+    stays = True
 
     def result(self, view: View, operation: OperationRecord) -> Answer:
         """The token's record as it was."""

@@ -60,7 +60,8 @@ def until(what: Callable[[], object], patience_s: float = 10.0) -> None:
 class Realizer:
     """Stands in for agent and controller: publishes that a node has realized what the store says.
 
-    What is in `refuses` (names of containers) is refused, what is in `holds` never gets ready; while `paused` nothing is
+    What is in `refuses` (names of containers) is refused, what is in `holds` never gets ready, `leftovers` are
+    keys of what is gone and still there; while `paused` nothing is
     published at all.
     """
 
@@ -68,6 +69,7 @@ class Realizer:
         self.node = node
         self.refuses: dict[str, str] = {}
         self.holds: dict[str, str] = {}
+        self.leftovers: dict[str, str] = {}
         self.paused = False
         self._store = Store([remote])
         self._last: object = None
@@ -76,10 +78,15 @@ class Realizer:
         self._store.subscribe(self.publish)
         self.publish(records)
 
+    @property
+    def records(self) -> Records:
+        """What the store holds."""
+        return self._store.records
+
     def publish(self, records: Records | None = None) -> None:
         """Say how far it has come."""
         records = records or self._store.records
-        waiting = {}
+        waiting = dict(self.leftovers)
         for one in records.containers:
             if one.name in self.refuses:
                 waiting[key(one)] = f"refused: {self.refuses[one.name]}"
@@ -172,6 +179,8 @@ def stand(directory: Path, *arguments: str, state: Path = EXAMPLE, port: int = 0
     with ovsdb(directory) as remote:
         realizer = Realizer(remote)
         found = Stand(directory, remote, realizer, state, list(arguments), port=port)
+        (directory / "agent").mkdir(exist_ok=True)
+        (directory / "agent" / "vpn.pub").write_text("hSDwCYkwp1R0i33ctD73Wg2/Og0mOBr066SpjqqbTmo=\n")
         try:
             found.start()
             yield found

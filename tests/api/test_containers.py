@@ -118,7 +118,7 @@ def test_a_refused_create_leaves_nothing(api: Stand, client: httpx.Client) -> No
 def test_a_late_create_leaves_nothing(api: Stand, client: httpx.Client) -> None:
     api.realizer.holds["slow"] = "its bridge is not there yet"
     answer = client.post("/api/containers/create?timeout=0.3", json={"name": "slow", "network": "privacy"})
-    assert answer.status_code == 503 and answer.json()["type"].endswith(":not-realized")
+    assert answer.status_code == 409 and answer.json()["type"].endswith(":not-realized")
     assert "bridge" in answer.json()["detail"]
     assert not records(api).containers and not running(api)
 
@@ -136,6 +136,16 @@ def test_start_stop_delete(client: httpx.Client) -> None:
     assert client.delete("/api/containers/c").json()["name"] == "c"
     assert client.get("/api/containers/c").status_code == 404
     assert client.delete("/api/containers/c").status_code == 404
+
+
+def test_what_is_late_to_go_goes_on_going(api: Stand, client: httpx.Client) -> None:
+    number = create(client, "late").json()["id"]
+    api.realizer.leftovers[f"container/{number}"] = "its process does not end"
+    answer = client.delete("/api/containers/late?timeout=0.2")
+    assert answer.status_code == 202 and answer.json()["state"] == "running"
+    api.realizer.leftovers.clear()
+    api.realizer.publish()
+    until(lambda: client.get(answer.headers["location"]).json()["state"] == "done")
 
 
 def test_not_waiting_gives_an_operation(api: Stand, client: httpx.Client) -> None:
@@ -167,9 +177,9 @@ def test_the_same_key_is_carried_out_once(api: Stand, client: httpx.Client) -> N
         until(lambda: client.get("/api/containers/late").status_code == 200)
         again = client.post("/api/containers/create?timeout=1", json=late, headers={"Idempotency-Key": "k2"})
         assert again.status_code == 409 and again.json()["type"].endswith(":in-progress")
-        assert running.result().status_code == 503
+        assert running.result().status_code == 409
     again = client.post("/api/containers/create?timeout=1", json=late, headers={"Idempotency-Key": "k2"})
-    assert again.status_code == 503 and again.json() == running.result().json()
+    assert again.status_code == 409 and again.json() == running.result().json()
 
 
 def test_the_same_key_at_once(client: httpx.Client) -> None:
@@ -248,7 +258,7 @@ def test_a_damaged_state_file_leaves_all_as_it_was(tmp_path: Path) -> None:
 
 
 def records(api: Stand):  # type: ignore[no-untyped-def]
-    return api.realizer._store.records
+    return api.realizer.records
 
 
 def running(api: Stand) -> list[str]:
