@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import stat
 import time
@@ -22,6 +21,8 @@ CURL = "curl -sS -m 20 -H 'Content-Type: application/json'"
 
 class UpHost(BareHost):
     """Asks the API as well."""
+
+    with_api = True
 
     def api(self, what: str, body: object = None, more: str = "") -> Any:
         """GET, or POST a body, on loopback."""
@@ -174,23 +175,7 @@ def test_what_the_api_may_and_may_not_touch(host: UpHost) -> None:
 
 
 def test_without_store_and_api(host: UpHost) -> None:
-    up = host.start("up", {"BULKHEAD_API_USER": "nobody"})
-    host.settle()
-    stop(up)
-    log = host.directory / "up.log"
-    log.unlink()
-    words = [*host.options("run", "state", "events", "ovsdb"), "--no-store", "-v"]
-    import subprocess
-
-    from lab.ovs import die_with_parent
-
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            host.command("up", str(host.state_file), *words),
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-            stdout=file, stderr=file, text=True, start_new_session=True, preexec_fn=die_with_parent,
-        )  # fmt: skip
-    host._started.append(process)
+    process = host.start("up", None, "--no-store")
     host.settle()
     assert _runs(host, "store") is None and _runs(host, "api") is None
     assert not (host.run_dir / "store.sock").exists()
