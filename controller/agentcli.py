@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from controller.agent.settings import CONTROLLER, OVSDB, STATE_DIR, Settings
 from controller.problems import BulkheadError
-from controller.storeoptions import StoreOptions, store_options
+from controller.storeoptions import SOCKET, StoreOptions, store_options
 from controller.terminal import (
     NO,
     columns,
@@ -33,9 +32,12 @@ from controller.terminal import (
     say,
 )
 
-RESTART_S = 1.0
+if TYPE_CHECKING:
+    from controller.agent.identity import Identity
+    from controller.agent.keeper import Kept
+    from controller.hostmodel import Api
+
 STOP_S = 10.0
-_PR_SET_PDEATHSIG = 1
 
 state_dir_option = click.option(
     "--state-dir",
@@ -54,6 +56,11 @@ ovsdb_option = click.option(
 )
 controller_option = click.option(
     "--controller", default=CONTROLLER, show_default=True, help="What the bridges are pointed at."
+)
+api_user_option = click.option(
+    "--api-user",
+    envvar="BULKHEAD_API_USER",
+    help="As whom the API runs, by name or number [default: bulkhead, if there is such a user; else a number of nobody's].",
 )
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Log every event to standard error too.")
 
@@ -93,9 +100,17 @@ def _settings(
 @controller_option
 @verbose_option
 @store_options
+@api_user_option
 @guarded
 def agent(
-    file: Path, run_dir: Path, state_dir: Path, ovsdb: str, controller: str, verbose: bool, store: StoreOptions
+    file: Path,
+    run_dir: Path,
+    state_dir: Path,
+    ovsdb: str,
+    controller: str,
+    verbose: bool,
+    store: StoreOptions,
+    api_user: str | None,
 ) -> None:
     """Make this host what a state FILE says, and keep it so, in the foreground. Root.
 
@@ -104,7 +119,7 @@ def agent(
     from controller.agent.agent import serve
 
     _logging(verbose)
-    serve(_settings(file, run_dir, state_dir, ovsdb, controller, store))
+    serve(replace(_settings(file, run_dir, state_dir, ovsdb, controller, store), api_user=api_user))
 
 
 @click.command()
@@ -115,83 +130,107 @@ def agent(
 @ovsdb_option
 @controller_option
 @verbose_option
+@store_options
+@api_user_option
+@click.option("--no-store", is_flag=True, help="Run no store, and so no API: the state file alone counts.")
+@click.option("--no-api", is_flag=True, help="Run no API.")
+@click.option(
+    "--api-port", type=click.IntRange(0, 65535), default=9573, show_default=True, help="On loopback; 0 for none there."
+)
 @guarded
 def up(
-    file: Path, run_dir: Path, events_dir: Path, state_dir: Path, ovsdb: str, controller: str, verbose: bool
+    file: Path,
+    run_dir: Path,
+    events_dir: Path,
+    state_dir: Path,
+    ovsdb: str,
+    controller: str,
+    verbose: bool,
+    store: StoreOptions,
+    api_user: str | None,
+    no_store: bool,
+    no_api: bool,
+    api_port: int,
 ) -> None:
-    """Run agent and controller for a state FILE together, in the foreground. Root.
+    """Run store, controller, agent and API for a state FILE together, in the foreground. Root.
 
-    Whichever of the two dies is started again. SIGTERM stops both, and everything stays as it is; `bulkhead down FILE`
-    takes it away.
+    Whichever of them dies is started again. SIGTERM stops them all, and everything stays as it is; `bulkhead down FILE`
+    takes it away. With --store the store of a cluster is used, and none is run here.
     """
     from controller.agent.agent import UP_LOCK, holder, only_one, require_root
+    from controller.agent.identity import identity
+    from controller.agent.keeper import Keeper
     from controller.statefile import load
 
     require_root()
-    load(file)
-    settings = _settings(file, run_dir, state_dir, ovsdb, controller)
+    if no_store and store.addresses:
+        raise BulkheadError("--no-store and --store contradict each other; leave one of them out")
+    loaded = load(file)
+    own_store = not no_store and not store.addresses
+    if own_store:
+        store = replace(store, addresses=(f"unix:{run_dir.absolute() / SOCKET}",))
+    settings = _settings(file, run_dir, state_dir, ovsdb, controller, store)
     if (other := holder(settings)) is not None:
         raise BulkheadError(f"an agent runs already for {run_dir} (process {other}); stop it, or use another --run-dir")
-    again = [sys.executable, "-c", "from controller.cli import main; main()"]
-    common = ["--run-dir", str(settings.run_dir), "--ovsdb", ovsdb, *(["-v"] if verbose else [])]
-    commands = {
-        "controller": [*again, "controller", str(settings.state_file), "--listen", controller, *common, "--events", str(events_dir)],
-        "agent": [*again, "agent", str(settings.state_file), *common, "--state-dir", str(settings.state_dir), "--controller", controller],
-    }  # fmt: skip
+    api = None if no_store or no_api else identity(api_user)
     with only_one(settings, UP_LOCK):
-        _Pair(commands).run()
+        if api is not None:
+            _prepare(settings, events_dir, api, loaded.host.api)
+        kept = _processes(settings, store, events_dir.absolute(), api, api_port, own_store=own_store, verbose=verbose)
+        Keeper(kept, lambda text: say(f"bulkhead: {text}")).run()
 
 
-def _end_with_parent() -> None:
-    """Have this process told to end when its parent is killed: nobody else would ever stop it."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+def _prepare(settings: Settings, events_dir: Path, who: Identity, api: Api) -> None:
+    from controller.agent.ground import Ground, explain
+
+    ground = Ground(settings.run_dir, settings.state_dir, (settings.events_dir, events_dir.absolute()))
+    ground.prepare(who)
+    keys = [path for path in (api.certificate, api.private_key, *settings.store_tls) if path is not None]
+    if (path := ground.missing(who, (settings.state_file, *keys))) is not None:
+        raise BulkheadError(explain(path, who))
 
 
-class _Pair:
-    """Two processes that are kept running until SIGTERM."""
+def _processes(
+    settings: Settings,
+    store: StoreOptions,
+    events_dir: Path,
+    api: Identity | None,
+    api_port: int,
+    *,
+    own_store: bool,
+    verbose: bool,
+) -> list[Kept]:
+    """In the order in which they are started."""
+    from controller.agent.keeper import Kept
 
-    def __init__(self, commands: dict[str, list[str]]) -> None:
-        self._commands = commands
-        self._running: dict[str, subprocess.Popen[bytes]] = {}
-        self._stopping = False
-
-    def run(self) -> None:
-        """Until SIGTERM or SIGINT; then both are ended, which leaves all they have built."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._signalled)
-        try:
-            while not self._stopping:
-                for name, command in self._commands.items():
-                    self._keep(name, command)
-                time.sleep(0.1)
-        finally:
-            self._end()
-
-    def _keep(self, name: str, command: list[str]) -> None:
-        process = self._running.get(name)
-        if process is not None and process.poll() is None:
-            return
-        if process is not None:
-            say(f"bulkhead: the {name} has ended with exit code {process.returncode}; starting it again")
-            time.sleep(RESTART_S)
-        if not self._stopping:
-            self._running[name] = subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent)
-
-    def _signalled(self, number: int, _frame: object) -> None:
-        if number == signal.SIGHUP:
-            for process in self._running.values():
-                process.send_signal(number)
-            return
-        self._stopping = True
-
-    def _end(self) -> None:
-        for process in self._running.values():
-            process.terminate()
-        for process in self._running.values():
-            try:
-                process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    again = [sys.executable, "-c", "from controller.cli import main; main()"]
+    file, own = str(settings.state_file), settings.run_dir / SOCKET
+    run, state = ["--run-dir", str(settings.run_dir)], ["--state-dir", str(settings.state_dir)]
+    events, loud = ["--events", str(events_dir)], ["-v"] if verbose else []
+    common = [*run, "--ovsdb", settings.ovsdb, *store.words(), *loud]
+    group = api.gid if api is not None else None
+    user = ["--api-user", str(api.uid)] if api is not None else []
+    out = []
+    if own_store:
+        command = (*again, "store", "serve", *run, *state)
+        out.append(Kept("store", command, group=group, ready=own, reads_again=False))
+    words = ["--listen", settings.controller, *common, *events]
+    words += ["--socket-group", str(group)] if group is not None else []
+    out.append(Kept("controller", (*again, "controller", file, *words)))
+    words = [*common, *state, "--controller", settings.controller, *user]
+    out.append(Kept("agent", (*again, "agent", file, *words)))
+    if api is not None:
+        words = [
+            *run,
+            *events,
+            "--state-dir",
+            str(settings.state_dir / "api"),
+            "--agent-events",
+            str(settings.events_dir),
+        ]
+        words += [*store.words(), "--port", str(api_port), *loud]
+        out.append(Kept("api", (*again, "api", file, *words), user=api))
+    return out
 
 
 @click.command()
@@ -242,7 +281,7 @@ def _stop_agent(settings: Settings) -> None:
             continue
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + 2 * STOP_S + 1  # `up` gives each of its two so long
+        deadline = time.monotonic() + 4 * STOP_S + 1  # `up` gives each of its four so long
         while holder(settings, lock) is not None:
             if time.monotonic() > deadline:
                 raise BulkheadError(f"{what} (process {pid}) does not end; stop it: kill -9 {pid}")

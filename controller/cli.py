@@ -234,6 +234,7 @@ def _print_plan(bridge: dict[str, Any]) -> None:
 @click.option("--certificate", type=click.Path(path_type=Path), help="For ssl: our certificate, PEM.")
 @click.option("--ca-cert", type=click.Path(path_type=Path), help="For ssl: the CA that switches' certificates are of.")
 @click.option("--ovsdb", default=OVSDB, show_default=True, help="Where to read bridges' names and settings; '' to not.")
+@click.option("--socket-group", type=int, help="The number of a group that may ask how everything is: the API's.")
 @click.option("--seal", is_flag=True, help="Drop all from a port whose packets leak by foreign flows, until cleared.")
 @click.option("-v", "--verbose", is_flag=True, help="Log every event to standard error too.")
 @run_dir_option
@@ -247,6 +248,7 @@ def controller(
     certificate: Path | None,
     ca_cert: Path | None,
     ovsdb: str,
+    socket_group: int | None,
     seal: bool,
     verbose: bool,
     run_dir: Path,
@@ -269,7 +271,7 @@ def controller(
     tls = Tls(private_key, certificate, ca_cert) if private_key and certificate and ca_cert else None
     addresses = tuple(parse(text, tls) for text in listen)
     settings = shell.Settings(
-        file, addresses, run_dir, events_dir, ovsdb or None, seal, store.addresses, store.tls, store.node
+        file, addresses, run_dir, events_dir, ovsdb or None, seal, store.addresses, store.tls, store.node, socket_group
     )
     shell.serve(settings)
 

@@ -1,13 +1,16 @@
 """The control socket: how the command line asks a running controller. One JSON object a line, each way.
 
-A unix socket of mode 600 in the run directory. The server; who asks is in `controller.asking`.
+A unix socket of mode 600 in the run directory; with a group, which may ask how everything is and nothing else, 660. The
+server; who asks is in `controller.asking`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,16 +22,23 @@ ANSWER_S = 30.0
 
 LOG = logging.getLogger("bulkhead.control")
 
+FOR_THE_GROUP = frozenset({"status"})
+"""What members of the group may ask. The rest changes something, or reads files that they may not."""
+_PEER = struct.Struct("3i")
+
 Reply = Callable[[dict[str, Any]], None]
 
 
 class ControlSocket:
     """Binds at once; `serve` answers. Raises `BulkheadError` where a controller serves that socket already."""
 
-    def __init__(self, path: Path, answer: Callable[[dict[str, Any], Reply], None]) -> None:
+    def __init__(self, path: Path, answer: Callable[[dict[str, Any], Reply], None], group: int | None = None) -> None:
         self.path = path
         self._answer = answer
         self._server = unixsocket.bind(path)
+        if group is not None:
+            os.chown(path, -1, group)
+            path.chmod(0o660)
 
     def serve(self) -> None:
         """Answer until closed."""
@@ -52,6 +62,9 @@ class ControlSocket:
             question = json.loads(line)
             if not isinstance(question, dict):
                 raise ValueError("not an object")
+            if not _is_owner(sock) and str(question.get("ask")) not in FOR_THE_GROUP:
+                _send(sock, {"error": "only the controller's own user and root may ask that; ask as one of them"})
+                return
         except (OSError, ValueError, RecursionError) as exc:
             _send(sock, {"error": f"a question is one JSON object on a line: {exc}"})
             return
@@ -65,6 +78,11 @@ class ControlSocket:
         """Stop answering and take the socket away."""
         self._server.close()
         self.path.unlink(missing_ok=True)
+
+
+def _is_owner(sock: socket.socket) -> bool:
+    _pid, uid, _gid = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    return uid in (0, os.geteuid())
 
 
 def _send(sock: socket.socket, reply: dict[str, Any]) -> None:

@@ -397,10 +397,10 @@ class Core:
         return out
 
     def _note_egress(self, switch: Switch) -> Effects:
-        network = self.wording.network(switch)
-        if network is None or network.egress is None or switch.bridge is None:
+        if switch.bridge is None or switch.bridge.kind is not BridgeKind.SOCKET:
             return []
-        if switch.bridge.kind is not BridgeKind.SOCKET:
+        network = self.state.network(switch.bridge.network)  # of a state that may not be in force yet
+        if network.egress is None:
             return []
         port = switch.ports.get(network.egress.port)
         up = port is not None and port.up and network.name not in self._unhealthy

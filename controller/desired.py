@@ -35,7 +35,7 @@ class Desired:
         self._seen = self._before = stamp(path)  # before it is read: what changes meanwhile is read again
         self.source: Source = read(path)
         self.records = records or Records()
-        self.loaded: Loaded = self.source.with_records(self.records, node)
+        self.loaded: Loaded = self.source.with_records(self.records, node, now)
 
     def look(self, records: Records | None = None, now: float = 0.0, *, again: bool = False) -> bool:
         """Whether something else is desired now (seconds since the epoch). `records` are the store's newest, if any are new.
@@ -46,9 +46,9 @@ class Desired:
         """
         if records is not None and records.revision != self.records.revision:
             self.records = records
-        elif not self._news_of_file(again):
+        elif not self.due(now) and not self._news_of_file(again):
             return False
-        self.loaded = self.source.with_records(self.records, self.node)
+        self.loaded = self.source.with_records(self.records, self.node, now)
         return True
 
     def due(self, now: float) -> bool:

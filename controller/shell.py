@@ -83,6 +83,7 @@ class Settings:
     """What `bulkhead controller` was told.
 
     `ovsdb` is an address such as `unix:/run/openvswitch/db.sock`, or None; so are those of the store's servers, `store`.
+    `group` may ask how everything is.
     """
 
     state_file: Path
@@ -94,6 +95,7 @@ class Settings:
     store: tuple[str, ...] = ()
     store_tls: Tls | None = None
     node: str = ""
+    group: int | None = None
 
 
 @dataclass(slots=True)
@@ -437,7 +439,7 @@ def serve(settings: Settings) -> None:
         Bulkhead, settings=settings, core=Core(loaded.state, seal=settings.seal), log=log, upkeep=upkeep
     )
     upkeep.taken(app.core, "")
-    control = ControlSocket(settings.run_dir / "controller.sock", app.answer)
+    control = ControlSocket(settings.run_dir / "controller.sock", app.answer, settings.group)
     # Flows are many small values that live long. With the default thresholds, every change of a big state sets off a
     # collection of all of them, which costs more than the change.
     gc.set_threshold(100_000, 50, 100)

@@ -419,7 +419,13 @@ def convert(
     `store serve` does it by itself for a store of one server.
     """
     tls = tls_of(private_key, certificate, ca)
-    _client(tls, "convert", ",".join(addresses_of(addresses, run_dir)), str(SCHEMA))
+    remotes = ",".join(addresses_of(addresses, run_dir))
+    with tempfile.TemporaryFile() as out:
+        _client(tls, "get-schema-version", remotes, DATABASE, stdout=out)
+        out.seek(0)
+        found = out.read().decode().strip()
+    serving.not_newer("the store", found)
+    _client(tls, "convert", remotes, str(SCHEMA))
     click.echo("the store has this version's schema")
 
 
@@ -431,7 +437,8 @@ def leave(run_dir: Path) -> None:
     places = _places(run_dir)
     serving.control(places, "cluster/leave", DATABASE)
     deadline = time.monotonic() + RESTORE_S
-    while "left" not in cluster_status(serving.control(places, "cluster/status", DATABASE))["status"]:
+    # It lets go of the database once the others have agreed.
+    while DATABASE in serving.control(places, "ovsdb-server/list-dbs").split():
         if time.monotonic() > deadline:
             raise Unavailable("the cluster has not let this server go; see that a majority of its servers runs")
         time.sleep(0.1)

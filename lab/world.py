@@ -221,7 +221,7 @@ class World:
         ovs = self._ovs[node.name] = PrivateOvs(directory / "ovs", namespace=place)
         ovs.start()
         command = [sys.executable, "-c", "from controller.cli import main; main()", "up", str(state)]
-        options = ["-v"]
+        options = ["-v", "--no-api"]  # the taps listen where it would
         env = self.node_env(node.name) | {"PYTHONPATH": str(places.OVS_LIBRARY.parent.parent)}
         self._spawn(f"{node.name}: bulkhead up", place, [*command, *options], env)
 

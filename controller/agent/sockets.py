@@ -126,10 +126,11 @@ class Sockets:
                     made.close()  # the API's alone from here on: it ends with the API
 
     async def _answer(self, asking: socket.socket) -> tuple[dict[str, Any], socket.socket | None]:
+        line = await asyncio.wait_for(_line(asking), ASK_S)  # before it is refused: or it would not hear why
         _pid, uid, gid = _PEER.unpack(asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
         if uid != 0 and (self._asker is None or uid != self._asker.uid):
             raise Failed(f"user {uid} (group {gid}) gets no socket; run the API as the user that --api-user names")
-        question = json.loads(await asyncio.wait_for(_line(asking), ASK_S))
+        question = json.loads(line)
         if not isinstance(question, dict) or question.get("want") != "api":
             raise ValueError
         return await asyncio.to_thread(self._make, str(question.get("have", "")))

@@ -10,7 +10,9 @@ import asyncio
 import contextlib
 import shutil
 import time
+import socket
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 
 from controller.agent.build import Parts, build
 from controller.agent.etc import NETNS_ETC, our_directories, remove_directory
@@ -210,8 +212,22 @@ async def take_down(settings: Settings, told: Callable[[str], None], *, purge: b
     if failures:  # what is there tells the next attempt what is left
         return failures
     shutil.rmtree(settings.own_dir, ignore_errors=True)
+    _clear_run_dir(settings.run_dir)
     if purge:
         shutil.rmtree(settings.state_dir, ignore_errors=True)
     with contextlib.suppress(OSError):  # the controller may have files there
         settings.run_dir.rmdir()
     return failures
+
+
+def _clear_run_dir(run_dir: Path) -> None:
+    """Take away what `bulkhead up` and its processes have left there, if they were killed."""
+    for name in ("api.sock", "controller.sock", "store.sock"):
+        path = run_dir / name
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()
+    if not (run_dir / "store.sock").exists():
+        shutil.rmtree(run_dir / "store", ignore_errors=True)

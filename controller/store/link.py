@@ -6,6 +6,7 @@ Imports rows, snapshot and wire.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from controller.store.snapshot import Snapshot
 from controller.store.wire import Session, Tls
 
 _LOG = logging.getLogger(__name__)
+RETRY_S = 1.0
+"""Between attempts at writing progress where the server refuses, for want of disk space for example."""
 _PROGRESS = frozenset(("agent_revision", "agent_waiting", "controller_revision", "controller_waiting", "health"))
 
 
@@ -34,6 +37,7 @@ class Link:
         """The row with the revision."""
         self.snapshot = Snapshot()
         self._changed = False
+        self._not_before = 0.0
         self._cluster = ""
         self._wanted: dict[str, dict[str, Any]] = {}
         self._sent: dict[str, dict[str, Any]] = {}
@@ -67,7 +71,9 @@ class Link:
         if unknown := set(columns) - _PROGRESS:
             raise BulkheadError(f"a node publishes {', '.join(sorted(_PROGRESS))}, not {', '.join(sorted(unknown))}")
         wanted = self._wanted.setdefault(node, {})
-        wanted.update({name: dict(v) if isinstance(v, Mapping) else v for name, v in columns.items()})
+        for name, value in columns.items():
+            texts = isinstance(value, Mapping)
+            wanted[name] = {rows.clean(k): rows.clean(v) for k, v in value.items()} if texts else value
         self._publish()
 
     @property
@@ -82,17 +88,25 @@ class Link:
     # progress
 
     def _publish(self) -> None:
-        if not self._wanted or self._sent or not self.session.up:
+        if not self._wanted or self._sent or not self.session.up or time.monotonic() < self._not_before:
             return
         operations: list[dict[str, Any]] = []
         for node, columns in self._wanted.items():
+            known = self.snapshot.nodes.get(node)
+            if known is not None:
+                columns = {name: value for name, value in columns.items() if getattr(known, name) != value}
+                if not columns:
+                    continue
             row = rows.encode_node(columns)
-            if node in self.snapshot.nodes:
+            if known is not None:
                 where = [["name", "==", node]]
                 operations.append({"op": "update", "table": "Node", "where": where, "row": row})
             else:
                 operations.append({"op": "insert", "table": "Node", "row": {"name": node, **row}})
-        self._sent, self._wanted = self._wanted, {}
+        wanted, self._wanted = self._wanted, {}
+        if not operations:
+            return
+        self._sent = wanted
         self.session.transact(operations, self._published)
 
     def _published(self, results: list[Any] | None) -> None:
@@ -103,16 +117,17 @@ class Link:
             if results and all(result.get("count", 1) for result in results):
                 return
         elif results is not None and error.get("error") not in ("constraint violation", "timed out"):
-            _LOG.warning("progress could not be written to the store: %s", explain(error))
-            # A server that is out of order, a full disk: the next publication comes soon enough.
-            return
+            _LOG.warning("progress could not be written to the store: %s", error["error"])
+            self._not_before = time.monotonic() + RETRY_S
         for node, columns in sent.items():
             self._wanted[node] = columns | self._wanted.get(node, {})
 
     # the copy
 
-    def _heard(self, updates: dict[str, Any], whole: bool) -> None:
+    def _heard(self, updates: dict[str, Any], whole: bool) -> bool:
         if whole:
+            if self._behind(updates):
+                return False
             self._rows = {table: {} for table in rows.tables()}
             self._service_of.clear()
             self._keys.clear()
@@ -141,6 +156,15 @@ class Link:
             row = self._rows["Bulkhead"].get(uuid)
             self.root = uuid if row is not None else None
             self.snapshot.put_revision(row["revision"] if row is not None else 0)
+        return True
+
+    def _behind(self, updates: Mapping[str, Any]) -> bool:
+        """Whether this server of a cluster does not know yet what another one has told us."""
+        rows_now = updates.get("Bulkhead", {}).values()
+        revision = max((update["new"]["revision"] for update in rows_now), default=0)
+        same = bool(self.session.cluster) and self.session.cluster == self._cluster
+        self._cluster = self.session.cluster
+        return same and revision < self.snapshot.revision
 
     def _absorb(self, table: str, updates: Mapping[str, Any]) -> list[str]:
         """Take over the rows of a table; answers which."""
@@ -182,8 +206,3 @@ def failure(results: list[Any] | None) -> dict[str, Any] | None:
     if results is None:
         return {"error": "connection lost"}
     return next((result for result in results if isinstance(result, dict) and result.get("error")), None)
-
-
-def explain(error: Mapping[str, Any]) -> str:
-    """An error of the server's in words, without the values that it quotes."""
-    return str(error.get("error"))

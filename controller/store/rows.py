@@ -41,32 +41,6 @@ TABLE: Mapping[type[Record], str] = MappingProxyType(
 )
 TYPE: Mapping[str, type[Record]] = MappingProxyType({table: kind for kind, table in TABLE.items()})
 _TIMES = ("created_at", "expires_at", "requested_at", "decided_at")
-_TEXT = frozenset(
-    [
-        "id",
-        "name",
-        "network",
-        "node",
-        "address",
-        "driver",
-        "template",
-        "created_by",
-        "public_key",
-        "preshared_key",
-        "source",
-        "target",
-        "reason",
-        "requested_by",
-        "decided_by",
-        "digest",
-        "kind",
-        "object",
-        "who",
-        "state",
-        "answer",
-        "idempotency_key",
-    ]
-)
 INDEXES: Mapping[str, Callable[[Any], tuple[tuple[str, ...], ...]]] = MappingProxyType(
     {
         "Container": lambda r: (("name", r.name.lower()), ("address", r.address)),
@@ -99,12 +73,14 @@ def normal(record: Record, revision: int) -> Record:
             changes[field.name] = round(float(value), 3)
     if isinstance(record, TokenRecord):
         changes["scopes"] = tuple(scope for scope in Scope if scope in record.scopes)
+    record = replace(record, **changes)
     _check(record)
-    return replace(record, **changes)
+    return record
 
 
 def _check(record: Record) -> None:
-    texts = [(name, getattr(record, name)) for name in _TEXT if hasattr(record, name)]
+    values = [(field.name, getattr(record, field.name)) for field in fields(record)]
+    texts = [(name, value) for name, value in values if isinstance(value, str)]
     if isinstance(record, ContainerRecord):
         texts += [("command", word) for word in record.command]
         texts += [("services", text) for service in record.services for text in (service.name, service.check)]
@@ -113,6 +89,10 @@ def _check(record: Record) -> None:
             raise BulkheadError(
                 f"{key(record)}: {name} has a character that cannot be stored; leave zero bytes and half surrogates out"
             )
+    try:
+        json.dumps(encode(record))
+    except (TypeError, ValueError, AttributeError) as exc:
+        raise BulkheadError(f"{key(record)} has a value that cannot be stored ({type(exc).__name__})") from exc
 
 
 def encode(record: Record) -> Row:
@@ -185,7 +165,7 @@ def decode_node(row: Row) -> NodeRecord:
 def encode_node(columns: Mapping[str, Any]) -> Row:
     """Columns of a node's row; mappings of text become OVSDB's maps."""
     return {
-        name: ["map", [[clean(k), clean(v)] for k, v in value.items()]] if isinstance(value, Mapping) else value
+        name: ["map", [list(pair) for pair in value.items()]] if isinstance(value, Mapping) else value
         for name, value in columns.items()
     }
 

@@ -146,16 +146,21 @@ def prepare(database: Path, cluster: Cluster | None = None) -> None:
         )
     if clustered:
         return  # what it holds came from the cluster, and is converted through a running server
-    found, ours = _tool("db-version", database), _tool("schema-version", SCHEMA)
-    if found == ours:
-        return
+    found = _tool("db-version", database)
+    if not_newer(str(database), found):
+        _tool("convert", database, SCHEMA)
+        database.chmod(0o600)
+
+
+def not_newer(what: str, found: str) -> bool:
+    """Whether a schema version is older than ours. Raises `BulkheadError` if it is newer: ours would drop what it added."""
+    ours = str(json.loads(SCHEMA.read_text())["version"])
     if _version(found) > _version(ours):
         raise BulkheadError(
-            f"{database} was written by a newer version (schema {found}, this program has {ours}); install that version, or "
-            "restore an older backup"
+            f"{what} is of a newer version (schema {found}, this program has {ours}); install that version, or restore an "
+            "older backup"
         )
-    _tool("convert", database, SCHEMA)
-    database.chmod(0o600)
+    return found != ours
 
 
 def _create(database: Path, cluster: Cluster | None) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import select
+import socket
 import threading
 import time
 import uuid
@@ -37,6 +37,7 @@ BATCH = 64
 COMMITS_KEPT = 1000
 """Revisions for which it can be told who wrote them. Pruned now and then."""
 _PRUNE_EVERY = 64
+_DOUBT = "; whether the change was written is not known, look before you try again"
 _LOG = logging.getLogger(__name__)
 
 
@@ -85,8 +86,11 @@ class _Job(Generic[T]):
         self.fn, self.deadline, self.above = fn, deadline, above
         self.future: Future[tuple[T, int]] = Future()
         self.answer: T
-        self.tried: dict[str, T] = {}
-        """Answers of attempts of which nobody knows whether they were carried out, by the commit's name."""
+        self.tried: dict[str, tuple[T, int]] = {}
+        """Attempts of which nobody knows whether they were, or will be, carried out, by the commit's name: the answer,
+        and the revision that they build on."""
+        self.cleared = -1
+        """The revision at which none of them had been carried out."""
         self.alone = above > 0
 
 
@@ -106,7 +110,9 @@ class Store:
         self._subscribers: list[Subscriber] = []
         self._ready = threading.Event()
         self._closing = False
-        self._wake_out, self._wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._wake_out, self._wake_in = socket.socketpair()
+        self._wake_out.setblocking(False)
+        self._wake_in.setblocking(False)
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
         self.records = Records()
         """The newest snapshot."""
@@ -142,6 +148,8 @@ class Store:
         """
         if threading.current_thread() is self._thread:
             raise BulkheadError("a subscriber of the store cannot change it; do that from another thread")
+        if self._closing:
+            raise Unavailable("the store was closed")
         job: _Job[T] = _Job(fn, time.monotonic() + timeout_s, above)
         self._jobs.append(job)
         self._wake()
@@ -149,7 +157,7 @@ class Store:
             return job.future.result(timeout_s + 1.0)
         except FutureTimeout:
             # The store's own time limit comes first unless its thread is stuck in a function.
-            raise Unavailable("the store is busy; try again", doubtful=True) from None
+            raise Unavailable(f"the store is busy{_DOUBT}", doubtful=True) from None
 
     def publish(self, node: str, **columns: Any) -> None:
         """Set columns of a node's progress, some time soon. The newest wins."""
@@ -162,17 +170,23 @@ class Store:
         self._wake()
         if self._thread.is_alive():
             self._thread.join(5)
+        self._wake_in.close()
 
     # the thread
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._wake_in, b"!")
+        with contextlib.suppress(OSError):  # full, so it wakes; or closed
+            self._wake_in.send(b"!")
 
     def _run(self) -> None:
         try:
             while not self._closing:
-                self._step()
+                try:
+                    self._step()
+                except Exception as exc:
+                    # A defect. Whatever was half done is asked for again, like after a lost connection.
+                    _LOG.exception("the store's thread")
+                    self._link.session.restart(f"internal error: {type(exc).__name__}")
                 self._wait()
         finally:
             self._closing = True
@@ -213,7 +227,7 @@ class Store:
             wait_s = 0.0
         poller.poll(wait_s * 1000)
         with contextlib.suppress(BlockingIOError):
-            os.read(self._wake_out, 4096)
+            self._wake_out.recv(4096)
 
     def _tell(self, records: Records) -> None:
         self.records = records
@@ -267,6 +281,9 @@ class Store:
             if self._jobs[0].alone and batch:
                 break
             job = self._jobs.popleft()
+            if job.tried and job.cleared != base.revision:
+                self._doubtful.append(job)
+                continue
             revision = max(revision, job.above + 1)
             mine = snapshot.copy()
             change = Change(mine, revision)
@@ -292,11 +309,12 @@ class Store:
             return
         name = uuid.uuid4().hex
         for job in batch:
-            job.tried[name] = job.answer
+            job.tried[name] = job.answer, base.revision
         self._flying = batch
+        began = self._link.root is None
         # Without "durable" a server on its own answers before its disk has it.
         operations = [*self._guard(base.revision, revision, name), *operations, {"op": "commit", "durable": True}]
-        self._link.session.transact(operations, lambda results: self._answered(batch, name, revision, results))
+        self._link.session.transact(operations, lambda results: self._answered(batch, name, revision, began, results))
 
     def _guard(self, before: int, revision: int, name: str) -> list[Any]:
         """The operations that let a transaction through only if nobody has written since, and that say whose it was."""
@@ -346,7 +364,9 @@ class Store:
                 out.append({"op": "update", "table": table, "where": where, "row": row})
         return out
 
-    def _answered(self, batch: list[_Job[Any]], name: str, revision: int, results: list[Any] | None) -> None:
+    def _answered(
+        self, batch: list[_Job[Any]], name: str, revision: int, began: bool, results: list[Any] | None
+    ) -> None:
         self._flying = []
         if results is None:
             # Nobody knows whether it was carried out. That is asked first when there is somebody to ask.
@@ -363,7 +383,7 @@ class Store:
             if kind == "not owner":
                 self._link.session.unlock()
             self._jobs.extendleft(reversed(batch))
-        elif kind == "constraint violation" and revision == 1 and '"Bulkhead"' in details:
+        elif kind == "constraint violation" and began and '"Bulkhead"' in details:
             # Somebody else has begun the store in this very moment.
             self._jobs.extendleft(reversed(batch))
         elif len(batch) > 1:
@@ -389,15 +409,19 @@ class Store:
         if results is None or failure(results) is not None:
             return
         written = {row["id"]: row["revision"] for result in results for row in result["rows"]}
+        # What was said before this answer has been heard, so it is of this revision.
+        now = self._link.snapshot.revision
         doubtful, self._doubtful = self._doubtful, []
         again = []
         for job in doubtful:
             name = next((name for name in job.tried if name in written), None)
-            if name is None:
-                again.append(job)
-            else:
-                job.future.set_result((job.tried[name], written[name]))
-        # An attempt may still be on its way through a cluster: it would make this one fail, and be asked for again.
+            if name is not None:
+                job.future.set_result((job.tried[name][0], written[name]))
+                continue
+            # An attempt may still be on its way through a cluster. It can only come next: then ours fails, and we ask again.
+            job.tried = {name: tried for name, tried in job.tried.items() if tried[1] >= now}
+            job.cleared = now
+            again.append(job)
         self._jobs.extendleft(reversed(again))
 
     def _settle(self) -> None:
@@ -419,7 +443,7 @@ class Store:
     def _fail(self, job: _Job[Any], why: str) -> None:
         doubtful = bool(job.tried)
         if doubtful:
-            why += "; whether the change was written is not known, look before you try again"
+            why += _DOUBT
         job.future.set_exception(Unavailable(why, doubtful=doubtful))
 
     def _unavailable(self) -> str:
@@ -429,7 +453,8 @@ class Store:
 
 
 def _refused(kind: str, details: str) -> BulkheadError:
-    if kind == "constraint violation":
+    # The protocol has one error for every constraint; only its text says which.
+    if kind == "constraint violation" and "index" in details:
         return Clash(f"the store refuses the change: {details}")
     if kind in ("I/O error", "resources exhausted", "cluster error"):
         return Unavailable(f"the store could not write the change ({kind}: {details}); see to its disk, then try again")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import random
 import socket
@@ -20,13 +21,14 @@ from typing import Any, NamedTuple
 
 from controller.problems import BulkheadError
 
+_LOG = logging.getLogger(__name__)
 Json = Any
 Answer = Callable[[list[Json] | None], None]
 """Called once with the results of a transaction's operations, or None: the connection was lost, nobody knows."""
 
 BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
-CONNECT_S = 2.0
-PROBE_S = 5.0
+CONNECT_S = 1.0
+PROBE_S = 2.0
 """Silence after which the server is asked for an echo; as much again, and the connection is given up."""
 _CHUNK = 1 << 18
 _WAITS = (errno.EINPROGRESS, errno.EALREADY, errno.EAGAIN)
@@ -69,7 +71,7 @@ class Session:
     """Keeps a copy of some tables' rows coming, and sends transactions.
 
     `heard(updates, whole)` is called from `run` with `<table-updates>` of RFC 7047; `whole` where it is everything,
-    after each connect. With `leader_only` only the leader of a cluster will do.
+    after each connect; False refuses this server. With `leader_only` only the leader of a cluster will do.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class Session:
         tls: Tls | None,
         database: str,
         tables: Mapping[str, Sequence[str]],
-        heard: Callable[[dict[str, Any], bool], None],
+        heard: Callable[[dict[str, Any], bool], bool],
         *,
         leader_only: bool = False,
     ) -> None:
@@ -139,7 +141,12 @@ class Session:
             return max(0.0, self._next_try - now)
         if self._phase == "connecting":
             return 0.02
-        return max(0.0, self._since + PROBE_S * (2 if self._probed else 1) - now)
+        return max(0.0, (self._probed or self._since) + PROBE_S - now)
+
+    def restart(self, why: str) -> None:
+        """Give the connection up, and begin again."""
+        self._drop(why)
+        self._next_try = time.monotonic() + BACKOFF_S[0]
 
     def close(self) -> None:
         """End the connection, for good."""
@@ -304,12 +311,14 @@ class Session:
         if error is not None:
             self._drop(
                 f"the store at {self.remote} is of another version ({_details(error)}); "
-                "restart `bulkhead store serve` with this version"
+                "bring it to this one: bulkhead store convert"
             )
+            return
+        if not self._heard(result, True):
+            self._drop(f"{self.remote} is behind the rest of its cluster")
             return
         self._phase, self.up = "up", True
         self._failures, self.why = 0, ""
-        self._heard(result, True)
 
     def _read(self, now: float) -> None:
         assert self._sock is not None
@@ -370,7 +379,11 @@ class Session:
         for message in messages:
             if self._sock is None:
                 return
-            self._take(message)
+            try:
+                self._take(message)
+            except Exception as exc:
+                _LOG.exception("a message of %s", self.remote)
+                self._drop(f"{self.remote} has sent what we cannot make sense of ({type(exc).__name__})")
 
     def _take(self, message: Json) -> None:
         method = message.get("method")
@@ -392,12 +405,14 @@ class Session:
             self._lock, self.has_lock = "", False
 
     def _probe(self, now: float) -> None:
-        if self._phase == "connecting" or now - self._since < PROBE_S:
+        # From when it was asked: whoever polls may have been busy elsewhere for long.
+        if self._phase == "connecting" or now - (self._probed or self._since) < PROBE_S:
             return
-        if now - self._since >= 2 * PROBE_S or self._phase != "up":
-            self._drop(f"{self.remote} does not answer any more")
-        elif not self._probed:
-            self._probed = now
+        if self._probed:
+            self._drop(f"{self.remote} does not answer")
+            return
+        self._probed = now
+        if self._phase == "up":
             self._ask("echo", [], lambda _result, _error: None)
 
     def _drop(self, why: str) -> None:

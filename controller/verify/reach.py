@@ -182,7 +182,7 @@ def kinds_of(arrivals: Iterable[Arrival], offered: Mapping[tuple[str, int], str]
     for arrival in arrivals:
         for cube in (arrival.region.cube, *arrival.region.minus):
             named = _named(cube)
-            if named is not None:
+            if named is not None and not _idle(cube, arrival.region):
                 ports.setdefault(named, f"{named[0]}/{named[1]}")
     single = [kind_of(*key, label) for key, label in sorted(ports.items(), key=lambda item: item[0])]
     out = list(single)
@@ -193,6 +193,11 @@ def kinds_of(arrivals: Iterable[Arrival], offered: Mapping[tuple[str, int], str]
     known = tuple(bits(fields.IP_PROTO, number) for number in (1, *_PROTOCOL_NAMES))
     out.append(Kind("other", _IPV4, known))
     return (*out, Kind(FRAMES, ALL, (_IPV4,)))
+
+
+def _idle(cube: Cube, region: Region) -> bool:
+    """Whether a cube is taken from a region by another that takes more: it tells nothing apart."""
+    return any(other != cube and space.inside(cube, other) for other in region.minus)
 
 
 def _named(cube: Cube) -> tuple[str, int] | None:

@@ -29,6 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tmp_path() -> Iterator[Path]:
     """A directory with a short name, for sockets: pytest's own gets longer with every process that runs tests."""
     with tempfile.TemporaryDirectory(prefix="bulkhead-", ignore_cleanup_errors=True) as name:
+        Path(name).chmod(0o711)  # what runs there without root's rights has to pass through
         yield Path(name)
 
 

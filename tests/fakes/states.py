@@ -12,11 +12,13 @@ from typing import NamedTuple
 
 from hypothesis import strategies as st
 
+from controller.grants import passage_ports
 from controller.model import (
     Bridge,
     BridgeKind,
     DesiredState,
     Egress,
+    Grant,
     Ipv4,
     Mac,
     Member,
@@ -109,9 +111,10 @@ def wanted_ports(state: DesiredState, bridge: Bridge) -> list[str]:
     if bridge.kind is BridgeKind.MESH:
         assert network.mesh is not None
         return [network.mesh.leg_port, network.mesh.far_port]
+    passages = list(passage_ports(state, bridge.name).values())
     names = [network.egress.port] if network.egress else []
     names += [network.mesh.port] if network.mesh else []
-    return names + [member.port for member in network.members]
+    return names + [member.port for member in network.members] + passages
 
 
 def switch_for(state: DesiredState, name: str, *, dpid: int = 0, without: Iterable[str] = ()) -> FakeSwitch:
@@ -257,6 +260,25 @@ def states(draw: st.DrawFn, *, max_networks: int = 3, rules: bool = True, least:
     sites = draw(st.permutations(_SITES))[:count]
     networks = [draw(_networks(index, site, rules)) for index, site in enumerate(sites)]
     return state_of(*networks, digest="random")
+
+
+@st.composite
+def granted_states(draw: st.DrawFn, *, least: int = 1) -> DesiredState:
+    """A valid state of two or three networks with some grants, `least` at least where there are members to grant to."""
+    state = draw(states(least=2))
+    return replace(state, grants=draw(grants_of(state, least=least)), digest="granted")
+
+
+@st.composite
+def grants_of(draw: st.DrawFn, state: DesiredState, *, least: int = 0) -> tuple[Grant, ...]:
+    """Some grants between the members of a state: the same cell twice, both ways at once, and ones that cannot be."""
+    ids = [member.id for network in state.networks for member in network.members]
+    if len(ids) < 2:
+        return ()
+    pair = st.tuples(st.sampled_from(ids), st.sampled_from([*ids, "999"]))
+    cell = st.tuples(pair, st.sampled_from(_PROTOCOLS), st.sampled_from((22, 53, 8080, VPN_PORT)))
+    drawn = draw(st.lists(cell, min_size=least, max_size=6))
+    return tuple(Grant(str(n), *ends, protocol, port) for n, (ends, protocol, port) in enumerate(drawn, start=1))
 
 
 @st.composite

@@ -48,6 +48,11 @@ class Server:
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def running(self) -> bool:
+        """Whether it has been started, and not ended by us."""
+        return self._process is not None
+
     def kill(self) -> None:
         """SIGKILL, whatever it is doing."""
         if self._process is not None:

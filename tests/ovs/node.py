@@ -30,8 +30,10 @@ from controller import statefile
 from controller.asking import ask
 from controller.eventread import read
 from controller.events import Record
-from controller.model import DesiredState, Ipv4, Mac, Network
+from controller.grants import passages
+from controller.model import DesiredState, Grant, Ipv4, Mac, Network
 from lab.ovs import Here, Namespace, PrivateOvs
+from tests.fakes.granting import with_grants, write_grants
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "oo1424oo.yaml"
@@ -179,7 +181,7 @@ class Controller:
         """Its command line."""
         where = ("--run-dir", str(self.run_dir), "--events", str(self.events_dir), "--ovsdb", self.node.ovs.db)
         listen = ("controller", str(self.file), "--listen", self.listen)
-        return self.node.namespace.command(*BULKHEAD, *listen, *where, *self.options)
+        return self.node.namespace.command(*self.node.settings.program, *listen, *where, *self.options)
 
     def start(self, *, wait: bool = True) -> None:
         """Start it; with `wait`, until every bridge is as declared."""
@@ -288,6 +290,7 @@ class NodeSettings:
     controllers: bool = True
     """Whether the bridges are told where the controller listens."""
     target: str = f"tcp:127.0.0.1:{LISTEN}"
+    program: tuple[str, ...] = BULKHEAD
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Keys of `networks` in the state file to replace: {"privacy": {"refuse": False}}."""
 
@@ -307,6 +310,7 @@ class Node:
         self.endpoints: dict[str, Endpoint] = {}
         self.controller = Controller(self, self.file)
         self._numbers: dict[str, dict[int, str]] = {}
+        self._patches: set[tuple[str, str]] = set()
 
     # ------------------------------------------------------------------------------------------------------- building
 
@@ -349,6 +353,22 @@ class Node:
         new = self.file.with_suffix(".new")
         new.write_text(text)
         new.replace(self.file)
+
+    def grant(self, *grants: Grant) -> None:
+        """Have these grants and no others, patch ports included. The program has to be `granting.PROGRAM`."""
+        before = self.controller.status()["state"]
+        state = with_grants(self.state, grants)
+        write_grants(self.file, grants)
+        wanted = {end: far for p in passages(state) for end, far in (((p[0], p[1]), p[3]), ((p[2], p[3]), p[1]))}
+        for (bridge, port), peer in wanted.items():
+            options = ("--", "set", "interface", port, "type=patch", f"options:peer={peer}")
+            self.ovs.vsctl("--may-exist", "add-port", bridge, port, *options)
+        for bridge, port in self._patches - wanted.keys():
+            self.ovs.vsctl("--if-exists", "del-port", bridge, port)
+        self._patches = set(wanted)
+        self._numbers.clear()
+        wait_for(lambda: state.digest == before or self.controller.status()["state"] == state.digest, 5)
+        self.controller.wait_steady()
 
     @staticmethod
     def _quiet(namespace: Namespace) -> None:

@@ -422,13 +422,44 @@ def test_a_change_whose_answer_was_lost_is_found_and_not_made_twice(server: Serv
     assert [record.created_by for record in store.records.containers] == ["once", "later"]
 
 
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_a_change_that_never_arrived_is_made_once(server: Server, store: Store, meanwhile: bool) -> None:
+    with _Proxy(server.places.socket) as proxy, opened(f"unix:{proxy.path}") as through:
+        proxy.dumb = True
+        result: list[tuple[str, int]] = []
+        thread = threading.Thread(target=lambda: result.append(through.change(allocate("once"))))
+        thread.start()
+        wait_for(lambda: proxy.swallowed)
+        if meanwhile:
+            store.change(allocate("before"))
+        proxy.cut()
+        proxy.dumb = False
+        thread.join(10)
+        assert result == [("101", 2) if meanwhile else ("100", 1)]
+    assert [record.created_by for record in store.records.containers] == (["before"] if meanwhile else []) + ["once"]
+
+
+def test_a_server_of_a_cluster_that_is_behind_is_left_for_another(server: Server) -> None:
+    def whole(revision: int) -> dict[str, object]:
+        return {"Bulkhead": {"b1": {"new": {"revision": revision}}}}
+
+    link = Link([server.address])
+    link.session.cluster = "one"
+    assert link._heard(whole(5), True)
+    assert not link._heard(whole(4), True)
+    assert link.snapshot.revision == 5
+    link.session.cluster = "another"
+    assert link._heard(whole(3), True)
+    assert link.snapshot.revision == 3
+
+
 class _Proxy:
-    """Between a store and its server; can hold back what the server says, and cut all connections."""
+    """Between a store and its server; can swallow what the server says, or hears, and cut all connections."""
 
     def __init__(self, target: Path) -> None:
         import socket
 
-        self.deaf = False
+        self.deaf = self.dumb = self.swallowed = False
         self.path = target.parent / "proxy.sock"
         self._target = target
         self._pairs: list[socket.socket] = []
@@ -471,7 +502,9 @@ class _Proxy:
 
         with contextlib.suppress(OSError):
             while data := source.recv(65536):  # type: ignore[attr-defined]
-                if not (answers and self.deaf):
+                if self.deaf if answers else self.dumb:
+                    self.swallowed = True
+                else:
                     sink.sendall(data)  # type: ignore[attr-defined]
         with contextlib.suppress(OSError):
             sink.close()  # type: ignore[attr-defined]
@@ -501,9 +534,13 @@ def test_no_secret_is_logged_or_in_an_error(server: Server, caplog: pytest.LogCa
 
 @pytest.mark.slow
 def test_a_link_works_in_eventlets_loop(server: Server, store: Store) -> None:
+    follow_in_eventlet(server.address, store, ())
+
+
+def follow_in_eventlet(address: str, store: Store, tls: tuple[Path, ...]) -> None:
     script = (
         "import eventlet; eventlet.monkey_patch()\nimport sys, time\nfrom controller.store import Link\n"
-        "link = Link([sys.argv[1]])\nticks = 0\n"
+        "from controller.store import Tls\nlink = Link([sys.argv[1]], Tls(*sys.argv[2:]) if sys.argv[2:] else None)\nticks = 0\n"
         "def tick():\n    global ticks\n    while True:\n        ticks += 1; time.sleep(0.01)\n"
         "eventlet.spawn(tick)\nprint('on', flush=True)\n"
         "while not link.records.containers:\n    link.poll(); time.sleep(0.005)\n"
@@ -512,7 +549,7 @@ def test_a_link_works_in_eventlets_loop(server: Server, store: Store) -> None:
         "assert ticks > 3\nprint('done')"
     )
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", script, server.address], cwd=ROOT, stdout=subprocess.PIPE
+        [sys.executable, "-W", "ignore", "-c", script, address, *tls], cwd=ROOT, stdout=subprocess.PIPE
     )
     try:
         assert process.stdout is not None

@@ -434,6 +434,19 @@ def test_the_kill_switch_follows_the_port_and_the_health_of_the_tunnel() -> None
     assert out() == Sent(30)
 
 
+def test_an_egress_that_is_declared_again_is_as_its_tunnel_is() -> None:
+    """It had been down when it was taken out of the state, and has come back meanwhile."""
+    wired, switches = started()
+    switch = switches["vmbr0"]
+    veth, warp = switch.number("veth102"), switch.number("warp0")
+    wired.say(EgressHealth("privacy", False))
+    without = tuple(replace(one, egress=None) for one in STATE.networks)
+    wired.say(StateLoaded(replace(STATE, networks=without)))
+    wired.say(EgressHealth("privacy", True))
+    wired.say(StateLoaded(STATE))
+    assert switch.trace(veth, sender(XRAY, WORLD)) == Sent(warp)
+
+
 def test_an_egress_that_was_never_there_is_told_of() -> None:
     switch = switch_for(STATE, "vmbr0", without=["warp0"])
     wired = Wired(STATE, switch)
