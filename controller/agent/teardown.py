@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-import time
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
