@@ -47,6 +47,8 @@ from controller.store import Store, Tls
 LOG = logging.getLogger("bulkhead.agent")
 RELOAD_S = 0.25
 AGAIN_S = 1.0
+STATUS_S = 0.2
+"""While much is changing, how it is is written down so often."""
 _CONTAINER = re.compile(r"leftover/(?:namespace/bulkhead-|link/veth|process/container-|lxc/)([0-9]+)")
 LOCK, UP_LOCK, STATUS = "agent.lock", "up.lock", "status.json"
 
@@ -292,7 +294,7 @@ class Agent:
     async def _publish(self) -> None:
         """Write down how everything is, for `bulkhead status`, whenever that has changed."""
         path = self._settings.own_dir / STATUS
-        before = -1
+        before, written, at = -1, -1, 0.0
         while not self.stop.is_set():
             if self.reconciler.settled and not self._ready and self.reconciler.status:
                 self._ready = True
@@ -300,6 +302,8 @@ class Agent:
                 self._tell(Kind.HOST_READY, f"the host is as {self._settings.state_file} says ({took:.1f} s)")
             if before != (before := self.reconciler.changes):
                 self._tell_store()
+            if written != before and (self.reconciler.settled or time.monotonic() > at + STATUS_S):
+                written, at = before, time.monotonic()
                 with contextlib.suppress(BulkheadError):
                     write_atomically(path, json.dumps(self.describe(), indent=1), 0o644)
             for key, count in self._limiter.withheld(time.monotonic()).items():

@@ -82,6 +82,7 @@ class Ovsdb:
         self._changed = changed
         self._connection: Any = None
         self._api: Any = None
+        self._read: tuple[int, dict[str, BridgeRow]] | None = None
 
     async def connect(self) -> None:
         """Connect, if it is not yet. Raises `Waiting` while nobody answers."""
@@ -108,14 +109,16 @@ class Ovsdb:
         if self._connection is not None:
             with contextlib.suppress(Exception):
                 self._connection.stop(timeout=2)
-            self._connection = self._api = None
+            self._connection = self._api = self._read = None
 
     async def bridges(self) -> dict[str, BridgeRow]:
         """Every bridge by name, from the copy of the database."""
         await self.connect()
         with self._connection.lock:
-            tables = self._connection.idl.tables
-            return {row.name: _bridge(row) for row in tables["Bridge"].rows.values()}
+            idl = self._connection.idl
+            if self._read is None or self._read[0] != idl.change_seqno:
+                self._read = idl.change_seqno, {row.name: _bridge(row) for row in idl.tables["Bridge"].rows.values()}
+            return self._read[1]
 
     async def datapath_types(self) -> set[str]:
         """What ovs-vswitchd says it can do; empty until it runs."""
