@@ -147,14 +147,19 @@ class Tracker:
         try:
             if protocol is None:
                 raise Failed(f"{kept.protocol} has no ports")
-            # With the datapath's name beside them Open vSwitch 3.1 misreads them; before 3.1 it takes no part of a tuple.
-            await self._ask("dpctl/flush-conntrack", f"zone={kept.zone}", what)
-        except Failed:
+            await self._flush(f"zone={kept.zone}", what)
+        except Failed:  # before 3.1 Open vSwitch takes no part of a tuple
             await self.forget_all(kept.zone)
 
     async def forget_all(self, zone: int) -> None:
         """Forget all connections of a zone."""
-        await self._ask("dpctl/flush-conntrack", self._datapath, f"zone={zone}")
+        await self._flush(f"zone={zone}")
+
+    async def _flush(self, *what: str) -> None:
+        try:
+            await self._ask("dpctl/flush-conntrack", *what)
+        except Failed:  # the datapath is named only where there is more than one: Open vSwitch 3.1.0 misreads its name
+            await self._ask("dpctl/flush-conntrack", self._datapath, *what)
 
     async def _ask(self, *command: str) -> str:
         try:
