@@ -176,7 +176,7 @@ def plan(file: Path, run_dir: Path, state_dir: Path, ovsdb: str, as_json: bool, 
     The host's part needs root; the flows' part needs the running controller. What cannot be told is said.
     """
     try_proof(load(file).state)  # every problem, before asking
-    host, no_host = _planned_host(file, run_dir, state_dir, ovsdb, store.or_local(run_dir))
+    host, no_host = _planned_host(file, run_dir, state_dir, ovsdb, store.or_running(run_dir))
     flows, no_flows = _planned_flows(file, run_dir)
     if as_json:
         print_json({"host": host, "bridges": flows} | ({"unknown": list(filter(None, (no_host, no_flows)))}))

@@ -13,8 +13,8 @@ from pathlib import Path
 import click
 from rich.markup import escape
 
-from controller.statefile import load
-from controller.terminal import columns, guarded, json_option, print_grid, print_json
+from controller.storeoptions import StoreOptions, store_options
+from controller.terminal import columns, guarded, json_option, print_grid, print_json, run_dir_option
 from controller.verify.host.checks import exit_code, judge
 from controller.verify.host.findings import Finding, Status
 from controller.verify.host.gather import gather
@@ -39,16 +39,20 @@ def _default_db() -> str:
     show_default=True,
     help="A controller that bridges may have; may be repeated.",
 )
+@run_dir_option
 @json_option
+@store_options
 @guarded
-def verify(file: Path | None, ovsdb: str, controllers: tuple[str, ...], as_json: bool) -> None:
+def verify(
+    file: Path | None, ovsdb: str, controllers: tuple[str, ...], run_dir: Path, as_json: bool, store: StoreOptions
+) -> None:
     """Say whether this host keeps the networks of a state FILE apart where flows do not reach; changes nothing.
 
     Looks at Open vSwitch's settings, addresses, routes, forwarding, firewalls, redirects, IPv6 and WireGuard. Without
     FILE it judges every bridge, by what needs no declaration. Run it as root, in Open vSwitch's network namespace. Exit
     0: nothing is bad; 1: something is; 2: something could not be found out.
     """
-    state = load(file).state if file is not None else None
+    state = store.or_running(run_dir).load(file).state if file is not None else None
     findings = judge(gather(Host(), ovsdb), state, controllers)
     code = exit_code(findings)
     if as_json:

@@ -19,6 +19,7 @@ from controller.model import DesiredState, Ipv4
 from controller.ovsctl import Looked, Ovs, Traced, captured
 from controller.problems import BulkheadError
 from controller.statefile import load
+from controller.storeoptions import StoreOptions, store_options
 from controller.terminal import (
     NO,
     columns,
@@ -49,13 +50,14 @@ state_option = click.option(
 
 
 def _state(file: Path | None, run_dir: Path) -> DesiredState:
-    """The state of a file, or of the running controller."""
+    """The state of a file, or of the running controller: its file, and what its store holds."""
     if file is not None:
         return load(file).state
     try:
-        return load(Path(ask(run_dir, {"ask": "status"})["state_file"])).state
+        status = ask(run_dir, {"ask": "status"})
     except BulkheadError as exc:
         raise BulkheadError(f"no state file given with --state FILE, and {exc}") from exc
+    return StoreOptions(status["node"], tuple(status["store"])).load(Path(status["state_file"])).state
 
 
 # --------------------------------------------------------------------------------------------------------------- reach
@@ -67,16 +69,23 @@ def _state(file: Path | None, run_dir: Path) -> DesiredState:
 @click.option("--to", "targets", multiple=True, metavar="NAME", help="Only this column; may be repeated.")
 @click.option("--against", type=click.Path(path_type=Path), help="Only what differs from this other state FILE.")
 @json_option
+@store_options
 @guarded
 def reach_command(
-    file: Path, sources: tuple[str, ...], targets: tuple[str, ...], against: Path | None, as_json: bool
+    file: Path,
+    sources: tuple[str, ...],
+    targets: tuple[str, ...],
+    against: Path | None,
+    as_json: bool,
+    store: StoreOptions,
 ) -> None:
     """Print who can reach whom by the flows of a state FILE, from the proof.
 
     Rows send, columns receive. `all`: everything gets there. Names and ports: that alone does. `answers`: only what
-    answers the receiver. `no`: no packet at all. With --against, exit 1 if anything differs.
+    answers the receiver. `no`: no packet at all. With --against, exit 1 if anything differs. With --store, what was
+    created and granted counts as well.
     """
-    matrix = _matrix(load(file).state, sources, targets, str(file))
+    matrix = _matrix(store.load(file).state, sources, targets, str(file))
     if against is None:
         _print_matrix(matrix, as_json)
         return

@@ -62,7 +62,7 @@ from controller.signals import (
     Tick,
     Unseal,
 )
-from controller.statefile import load
+from controller.statefile import read
 from controller.store import Link as Store
 from controller.store import Tls
 from controller.upkeep import WATCH_S, Upkeep
@@ -367,7 +367,7 @@ class Bulkhead(app_manager.OSKenApp):  # type: ignore[misc]
 
     def _plan(self, path: Path, reply: Callable[[dict[str, Any]], None]) -> None:
         try:
-            loaded = load(path)
+            loaded = read(path).with_records(self.upkeep.desired.records, self.settings.node, time.time())
             reply({"bridges": self.core.plan(loaded.state)})
         except (InvalidInput, Conflict) as exc:
             reply({"error": str(exc)})
@@ -377,6 +377,8 @@ class Bulkhead(app_manager.OSKenApp):  # type: ignore[misc]
             "pid": os.getpid(),
             "uptime_s": round(time.time() - self.started_at, 1),
             "state_file": str(self.settings.state_file),
+            "node": self.settings.node,
+            "store": list(self.settings.store),
             "listen": [str(listen) for listen in self.settings.listen],
             "flow_mods_sent": sum(link.sent_flow_mods for link in self.links.values()),
             "internal_errors": self.counters.internal_errors,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -11,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from controller.asking import ask
 from controller.problems import BulkheadError
 
 if TYPE_CHECKING:
+    from controller.statefile import Loaded
     from controller.store import Tls
 
 
@@ -32,10 +36,29 @@ class StoreOptions:
 
         return Tls(*self.files) if self.files else None
 
-    def or_local(self, run_dir: Path) -> StoreOptions:
-        """These, or where none was given the store that `bulkhead up` runs there, if it does."""
+    def or_running(self, run_dir: Path) -> StoreOptions:
+        """These, or where none were given those of the controller that runs there, or of the store that does."""
+        if self.addresses:
+            return self
+        with contextlib.suppress(BulkheadError):
+            status = ask(run_dir, {"ask": "status"})
+            return replace(self, node=str(status["node"]), addresses=tuple(status["store"]))
         path = run_dir.absolute() / SOCKET
-        return replace(self, addresses=(f"unix:{path}",)) if not self.addresses and path.exists() else self
+        return replace(self, addresses=(f"unix:{path}",)) if path.exists() else self
+
+    def load(self, file: Path) -> Loaded:
+        """What a state file says, with what the store holds for this node. Raises `BulkheadError`."""
+        from controller.desired import Desired
+        from controller.statefile import load
+        from controller.store import Store
+
+        if not self.addresses:
+            return load(file)
+        store = Store(self.addresses, self.tls)
+        try:
+            return Desired(file, self.node, store.start(), time.time()).loaded
+        finally:
+            store.close()
 
     def words(self) -> list[str]:
         """The same as options of a command line."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
 import tempfile
@@ -189,3 +190,19 @@ def test_two_grants_in_both_directions_and_one_ends(host: GrantHost, auditor: st
             assert host.asks(XRAY, "10.1.0.202", 8080) != "hi"
         assert host.asks(MONITORING, "10.0.0.102", 8080) == "hi"
         assert host.asks(XRAY, "10.1.0.201", 8080) != "hi"
+
+
+def test_commands_know_what_was_granted_and_created(host: GrantHost, auditor: str) -> None:
+    """`plan` finds nothing to do, `why` and `verify` take what the store holds for declared."""
+    run = host.options("run")
+    made = host.api("containers/create", {"name": "relay", "network": "privacy"})
+    with granted(host, auditor):
+        done = host.bulkhead("why", "relay", "gateway", *run)
+        assert done.returncode == 0, done.stderr
+        assert host.bulkhead("why", "monitoring", "relay", *run).returncode == 1
+        plan = host.bulkhead("plan", str(host.state_file), *host.options("run", "state", "ovsdb"))
+        assert (plan.returncode, plan.stderr) == (0, ""), plan.stdout
+        verdict = host.bulkhead("verify", str(host.state_file), *host.options("run", "ovsdb"), "--json")
+        bad = [line for line in json.loads(verdict.stdout)["checks"] if line["status"] == "bad"]
+        assert not bad
+    host.machine.sh(f"curl -sS -f -X DELETE http://127.0.0.1:9573/api/containers/{made['id']}")
