@@ -41,7 +41,7 @@ from controller.eventlog import EventLog
 from controller.events import Event, Kind
 from controller.grants import openings
 from controller.problems import BulkheadError, InvalidInput
-from controller.records import ClientRecord
+from controller.records import ClientRecord, Records
 from controller.records import key as key_of
 from controller.statefile import Loaded
 from controller.store import Store, Tls
@@ -141,8 +141,29 @@ class Agent:
                 await asyncio.sleep(AGAIN_S)
         else:
             return
+        if await asyncio.to_thread(self._hand_over_clients, records):
+            records = self._store.records
         self._desired.look(records, time.time())
         self._loaded = self._desired.loaded
+
+    def _hand_over_clients(self, records: Records) -> bool:
+        """Put VPN clients that are in files, from before there was a store, into it: one place gives out addresses.
+
+        Whether there were any. One that clashes with another stays a file.
+        """
+        if self._store is None or self._loaded.host.vpn is None:
+            return False
+        files = Clients(self._settings.state_dir / "vpn")
+        there = {key_of(one) for one in records.clients}
+        found = files.as_records(self._settings.node)
+        for record in found:
+            try:
+                if key_of(record) not in there:
+                    self._store.change(lambda change, record=record: change.put(record))  # type: ignore[misc]
+                files.forget(record.name)
+            except BulkheadError as exc:
+                self._trouble(f"client/{record.name}", f"it stays a file, and is not in the store: {exc}")
+        return bool(found)
 
     async def _want(self) -> None:
         """Make the reconciler want what the state file says, as soon as Open vSwitch answers."""

@@ -151,3 +151,19 @@ def test_the_flows_of_stored_containers_outlive_a_restart_of_the_controller(stor
     assert len(ages) > 3 and min(ages) > time.monotonic() - ended
     assert host.reaches("100", "10.0.0.2")
     stored.delete("container/103")
+
+
+def test_vpn_clients_from_before_the_store_are_handed_over(stored: Stored) -> None:
+    host = stored.host
+    os.kill(inner(stored.agent), signal.SIGKILL)
+    stored.agent.wait()
+    where = ["--file", str(host.state_file), "--endpoint", "192.0.2.1:51820", *host.options("run", "state")]
+    added = host.bulkhead("vpn", "add", "phone", *where)
+    assert added.returncode == 0, added.stderr
+    stored.agent = host.start("agent", stored.env)
+    host.until(lambda: [one.name for one in stored.store.records.clients] == ["phone"], 20, "handed over")
+    (client,) = stored.store.records.clients
+    assert client.preshared_key and client.preshared_key not in repr(client)
+    host.until(lambda: not list((host.state_dir / "vpn").glob("*.json")), 5, "no file")
+    host.settle(20)
+    assert f"{client.address}/32" in host.inside("100", "wg", "show", "wg0", "allowed-ips")
