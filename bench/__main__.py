@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bench import host, install, proof, throughput
+from bench import api, host, install, proof, throughput
 from bench.harness import Figure
 
 
@@ -23,7 +23,9 @@ from bench.harness import Figure
 @click.option("--seconds", default=3, show_default=True, help="Length of one iperf3 run.")
 @click.option("--connections", default=1000, show_default=True, help="TCP connections for the cache figure.")
 @click.option("--containers", default=100, show_default=True, help="Containers of the host that the agent builds.")
-@click.option("--only", type=click.Choice(["install", "throughput", "proof", "host"]), help="Just one of the parts.")
+@click.option(
+    "--only", type=click.Choice(["install", "throughput", "proof", "host", "api"]), help="Just one of the parts."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Write the figures here as JSON.")
 def main(
     flows: int, rounds: int, seconds: int, connections: int, containers: int, only: str | None, out: Path | None
@@ -55,6 +57,9 @@ def _measure(
     if only in (None, "host"):
         click.echo(f"a host of {containers} containers built, built again, damaged, {rounds} rounds …", err=True)
         yield from host.measure(containers, rounds)
+    if only in (None, "api"):
+        click.echo(f"the API with 200 containers, {rounds} rounds …", err=True)
+        yield from api.measure(rounds)
 
 
 def _table(figures: list[Figure]) -> Table:

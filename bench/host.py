@@ -45,7 +45,7 @@ def _state(containers: int, lxc: tuple[int, ...] = ()) -> dict[str, Any]:
     return {"networks": {"privacy": privacy}, "lxc": {"containers": listed}}
 
 
-class _Host:
+class Host:
     """A private host with Open vSwitch and a controller."""
 
     def __init__(self, directory: Path) -> None:
@@ -123,7 +123,7 @@ class _Host:
 
 def measure(containers: int, rounds: int) -> Iterator[Figure]:
     """Every figure of the agent."""
-    with tempfile.TemporaryDirectory(prefix="bulkhead-bench-") as directory, _Host(Path(directory)) as host:
+    with tempfile.TemporaryDirectory(prefix="bulkhead-bench-") as directory, Host(Path(directory)) as host:
         host.say(_state(containers))
         host.start("controller", str(host.state_file))
         host.wait(lambda: (host.directory / "run/controller.sock").exists())
@@ -141,7 +141,7 @@ def measure(containers: int, rounds: int) -> Iterator[Figure]:
         yield from _damaged(host, rounds)
 
 
-def _built(host: _Host, containers: int) -> tuple[float, subprocess.Popen[bytes]]:
+def _built(host: Host, containers: int) -> tuple[float, subprocess.Popen[bytes]]:
     began = time.perf_counter()
     agent = host.start("agent", str(host.state_file))
     host.agent = agent.pid  # each program on the way becomes the next
@@ -151,7 +151,7 @@ def _built(host: _Host, containers: int) -> tuple[float, subprocess.Popen[bytes]
 
 def _by_hand(containers: int) -> float:
     """Somebody's script that makes the same namespaces, veths, addresses and ports, and no rule, flow or watch."""
-    with tempfile.TemporaryDirectory(prefix="bulkhead-bench-") as directory, _Host(Path(directory)) as host:
+    with tempfile.TemporaryDirectory(prefix="bulkhead-bench-") as directory, Host(Path(directory)) as host:
         host.ovs.vsctl("add-br", "vmbr0", "--", "set", "bridge", "vmbr0", "datapath_type=netdev", "fail_mode=secure")
         lines = []
         for number in range(containers):
@@ -179,7 +179,7 @@ def _memory(pid: int) -> Figure:
     return Figure("agent memory, peak", peak, "MB")
 
 
-def _created(host: _Host, containers: int, rounds: int) -> Iterator[Figure]:
+def _created(host: Host, containers: int, rounds: int) -> Iterator[Figure]:
     """From the agent's first step for a new container until a packet of it has been answered."""
     for driver, bar in (("netns", 0.3), ("lxc", 3.0)):
         took = []
@@ -206,7 +206,7 @@ def _created(host: _Host, containers: int, rounds: int) -> Iterator[Figure]:
         yield Figure(f"create to first packet, {driver}", value, "s", f"below {bar}", value < bar, spread(took))
 
 
-def _damaged(host: _Host, rounds: int) -> Iterator[Figure]:
+def _damaged(host: Host, rounds: int) -> Iterator[Figure]:
     for name, script in DAMAGE.items():
         took = []
         for _ in range(rounds):
@@ -219,5 +219,5 @@ def _damaged(host: _Host, rounds: int) -> Iterator[Figure]:
         yield Figure(f"healed: {name}", worst, "s", "within 2", worst < 2, spread(took))
 
 
-def _count(host: _Host) -> int:
+def _count(host: Host) -> int:
     return len(yaml.safe_load(host.state_file.read_text())["lxc"]["containers"])

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from controller.problems import BulkheadError
+from controller.storeoptions import StoreOptions, store_options
 from controller.terminal import events_dir_option, file_argument, guarded, run_dir_option
 
 STATE_DIR = Path("/var/lib/bulkhead")
@@ -31,13 +32,12 @@ STATE_DIR = Path("/var/lib/bulkhead")
     show_default=True,
     help="Where the agent's event log is.",
 )
-@click.option("--store", "stores", multiple=True, help="Where the store listens [default: unix:RUN_DIR/store.sock].")
-@click.option("--node", help="The name of this node [default: the host's name].")
 @click.option("--port", type=click.IntRange(0, 65535), default=9573, show_default=True, help="On loopback; 0 for none.")
 @click.option("--certificate", type=click.Path(path_type=Path), help="For the container's address: PEM.")
 @click.option("--private-key", type=click.Path(path_type=Path), help="Its private key, PEM.")
 @click.option("--mcp-approve", is_flag=True, help="Offer tools that approve and deny grants by MCP too.")
 @click.option("-v", "--verbose", is_flag=True, help="Log every event to standard error too.")
+@store_options
 @guarded
 def api(
     file: Path,
@@ -45,13 +45,12 @@ def api(
     events_dir: Path,
     state_dir: Path,
     agent_events: Path,
-    stores: tuple[str, ...],
-    node: str | None,
     port: int,
     certificate: Path | None,
     private_key: Path | None,
     mcp_approve: bool,
     verbose: bool,
+    store: StoreOptions,
 ) -> None:
     """Serve the HTTP API for a state FILE, in the foreground. Needs no privileges.
 
@@ -59,20 +58,20 @@ def api(
     changed FILE) makes it read FILE again.
     """
     from controller.api.server import serve
-    from controller.api.settings import Settings, this_node
+    from controller.api.settings import Settings
 
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if bool(certificate) != bool(private_key):
         raise BulkheadError("--certificate and --private-key go together; give both, or neither to have one made")
-    remotes = tuple(part for text in stores for part in text.split(",") if part)
     serve(
         Settings(
             state_file=file.absolute(),
             run_dir=run_dir.absolute(),
             state_dir=state_dir.absolute(),
-            store=remotes,
-            node=node or this_node(),
+            store=store.addresses,
+            store_tls=store.files,
+            node=store.node,
             port=port,
             controller_events=events_dir.absolute(),
             agent_events=agent_events.absolute(),

@@ -343,6 +343,10 @@ class Names:
             for name in _object_names(state):
                 self._objects[object_id(name)] = name
 
+    def grant(self, number: int) -> str:
+        """The id of a grant, by the object of its flows' cookies; `?` for one that is in no state that is known."""
+        return self._objects.get(number, "?").removeprefix("grant/")
+
     def owner(self, cookie_value: int) -> tuple[str, str] | None:
         """(app, object) of a cookie of ours, None for somebody else's. An object of an older state is `?`."""
         parts = Cookie.of(cookie_value)

@@ -7,7 +7,7 @@ Imports everything below the shell, and neither os-ken's controller nor any cloc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from apps.learning import is_path
@@ -16,7 +16,8 @@ from controller import packets, status
 from controller.codec import FlowStats, PacketIn
 from controller.compile import BridgeCompiler, Compiled, Conflict, Names, sealed_port, undeclared
 from controller.events import JSON, Kind
-from controller.frame import Port
+from controller.frame import Port, object_id
+from controller.grants import Opening, openings, passage_ports, why_not, zones
 from controller.model import Bridge, BridgeKind, DesiredState
 from controller.pipeline import REFUSED
 from controller.reconcile import Applied, Phase, Reconciler
@@ -215,12 +216,48 @@ class Core:
         """Networks whose bridges do not all hold the flows they should, each with the reason."""
         out = {}
         for bridge in self.state.bridges:
-            switch = self.by_name(bridge.name)
-            if switch is None or switch.bridge is None:
-                out[bridge.network] = f"bridge {bridge.name} is not connected"
-            elif switch.flows.phase is not Phase.STEADY:
-                out[bridge.network] = f"bridge {bridge.name} has not confirmed its flows yet"
+            if why := self._unready(bridge.name):
+                out[bridge.network] = why
         return out
+
+    def waiting_grants(self, ended: Iterable[str] = ()) -> dict[str, str]:
+        """Grants that are not open on both of their bridges yet, and those of `ended` that are not shut on all, by id,
+        each with the reason."""
+        out = {grant.id: f"refused: {why}" for grant in self.state.grants if (why := why_not(self.state, grant))}
+        unready = {n: why for n in zones(self.state) if (why := self._unready(n))}
+        cells = {o.cell: self._not_open(o, unready) for o in openings(self.state)}
+        for grant in self.state.grants:
+            if grant.id not in out and (why := cells[grant.source, grant.target, grant.protocol, grant.port]):
+                out[grant.id] = why
+        held = {number for switch in self.switches.values() for number in switch.granted}
+        for grant_id in ended:
+            if why := next(iter(unready.values()), ""):
+                out[grant_id] = why
+            elif object_id(f"grant/{grant_id}") in held and not self._is_open(grant_id):
+                out[grant_id] = "its flows are not gone yet"
+        return out
+
+    def _not_open(self, opening: Opening, unready: Mapping[str, str]) -> str:
+        wanted = object_id(f"grant/{opening.grant}")
+        for name in (opening.source_bridge, opening.target_bridge):
+            switch = self.by_name(name)
+            if name in unready:
+                return unready[name]
+            assert switch is not None
+            if missing := set(passage_ports(self.state, name).values()) & set(switch.missing):
+                return f"the passage {missing.pop()} is not a port of {name} yet; does the agent run?"
+            if wanted not in switch.granted:
+                return f"{name} lacks the port of a container of it, or has not confirmed its flows yet"
+        return ""
+
+    def _is_open(self, grant_id: str) -> bool:
+        return any(opening.grant == grant_id for opening in openings(self.state))
+
+    def _unready(self, name: str) -> str:
+        switch = self.by_name(name)
+        if switch is None or switch.bridge is None:
+            return f"bridge {name} is not connected"
+        return "" if switch.flows.phase is Phase.STEADY else f"bridge {name} has not confirmed its flows yet"
 
     def _switch_error(self, error: SwitchError, now: float) -> Effects:
         return [self.wording.log(Kind.OPENFLOW_ERROR, error.text, self.switches.get(error.dpid))]

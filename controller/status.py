@@ -57,6 +57,7 @@ def _bridge(wording: Wording, bridge: Bridge, switch: Switch | None, warnings: W
         "foreign": len(switch.flows.foreign),
         "egress_up": switch.egress_up,
         "missing_ports": list(switch.missing),
+        "grants": sorted(map(wording.names.grant, switch.granted)),
         "unreadable": switch.offenders.unreadable,
         "warnings": [text for (name, _), text in warnings.items() if name == switch.name],
         "ports": [

@@ -121,8 +121,8 @@ def serve(
 ) -> None:
     """Serve the store, in the foreground, as ovsdb-server; SIGTERM stops it.
 
-    The database file is made if there is none, and brought to this version's schema. A file that is there is gone on with,
-    whatever --join says.
+    The database file is made if there is none, and brought to this version's schema. A file that is there is
+    gone on with, whatever --join says.
     """
     tls = tls_of(private_key, certificate, ca)
     cluster = _cluster(local, join, election_timer, tls)
@@ -294,8 +294,8 @@ def backup(
 ) -> None:
     """Save the running store to FILE, as it is at one moment.
 
-    FILE holds the shared keys of VPN clients and the digests of tokens: only its owner may read it, and it belongs where
-    nobody else can.
+    FILE holds the shared keys of VPN clients and the digests of tokens: only its owner may read it, and it belongs
+    where nobody else can.
     """
     tls = tls_of(private_key, certificate, ca)
     with _opened(addresses, run_dir, tls) as opened:
@@ -344,8 +344,8 @@ def restore(
 ) -> None:
     """Bring the records of FILE, a backup, back into the running store.
 
-    All of them or none, as one change: every node follows. What has been made since the backup is gone. An older version's
-    backup is converted first.
+    All of them or none, as one change: every node follows. What has been made since the backup is gone. An older
+    version's backup is converted first.
     """
     saved = read_backup(file)
     with _opened(addresses, run_dir, tls_of(private_key, certificate, ca)) as opened:

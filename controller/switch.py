@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from apps.grants import Grants
 from controller import fields
 from controller.compile import BridgeCompiler
-from controller.flow import Flow, FlowKey
+from controller.flow import Cookie, Flow, FlowKey
 from controller.frame import LOCAL_NAME, Port
 from controller.model import Bridge, BridgeKind, DesiredState
 from controller.offenders import Offenders
-from controller.pipeline import table_name
+from controller.pipeline import CROSS, OUTPUT_GUARD, table_name
 from controller.reconcile import Reconciler
 from controller.verify.prove import Prover
 
@@ -32,6 +33,7 @@ class Switch:
     egress_up: bool | None = None
     missing: tuple[str, ...] = ()
     prover: Prover = field(default_factory=Prover)
+    _granted: tuple[int, frozenset[int]] = (-1, frozenset())
     proved: tuple[DesiredState, dict[str, int], Mapping[FlowKey, Flow]] | None = None
     """What was last proved: a state, port numbers and flows. The same again need not be."""
 
@@ -43,9 +45,25 @@ class Switch:
         return f"port {number}"
 
     @property
+    def granted(self) -> frozenset[int]:
+        """The objects of cookies of grants' flows that the switch holds."""
+        seen, found = self._granted
+        if seen != self.flows.changes:
+            found = frozenset(_granted(self.flows.installed.values()))
+            self._granted = self.flows.changes, found
+        return found
+
+    @property
     def is_mesh(self) -> bool:
         """Whether it is a mesh bridge, whose tables are others."""
         return self.bridge is not None and self.bridge.kind is BridgeKind.MESH
+
+
+def _granted(flows: Iterable[Flow]) -> Iterator[int]:
+    for flow in flows:
+        parts = Cookie.of(flow.cookie) if flow.table == CROSS.id and flow.goto == OUTPUT_GUARD.id else None
+        if parts is not None and parts.app == Grants.id:
+            yield parts.object
 
 
 def flow_words(flow: Flow, switch: Switch | None) -> str:

@@ -38,7 +38,7 @@ run_dir_option = click.option(
     default=RUN_DIR,
     show_default=True,
     envvar="BULKHEAD_RUN_DIR",
-    help="Where the controller's control socket is.",
+    help="Where the sockets of controller and API are.",
 )
 events_dir_option = click.option(
     "--events",

@@ -95,6 +95,9 @@ class Upkeep:
             return
         waiting = {name: f"refused: {problem}" for name, problem in self.desired.loaded.refused}
         waiting |= self._refused | {f"network/{name}": why for name, why in core.waiting().items()}
+        aside = self.desired.loaded.stored | waiting.keys()
+        ended = [one.id for one in self.desired.records.grants if one.expires_at and key(one) not in aside]
+        waiting |= {f"grant/{number}": why for number, why in core.waiting_grants(ended).items()}
         told = (self.desired.records.revision, waiting)
         if told != self._published:
             self._published = told

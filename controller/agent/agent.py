@@ -15,10 +15,11 @@ import re
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from controller.agent.build import Made, Parts, build, health
+from controller.agent.build import Made, Parts, build, health, namespace_of
 from controller.agent.checks import UP, Checks
 from controller.agent.files import write_atomically
 from controller.agent.gate import Controller
@@ -38,6 +39,7 @@ from controller.agent.vpn import Clients
 from controller.desired import Desired, Stamp, stamp
 from controller.eventlog import EventLog
 from controller.events import Event, Kind
+from controller.grants import openings
 from controller.problems import BulkheadError, InvalidInput
 from controller.records import ClientRecord
 from controller.records import key as key_of
@@ -47,6 +49,8 @@ from controller.store import Store, Tls
 LOG = logging.getLogger("bulkhead.agent")
 RELOAD_S = 0.25
 AGAIN_S = 1.0
+STATUS_S = 0.2
+"""While much is changing, how it is is written down so often."""
 _CONTAINER = re.compile(r"leftover/(?:namespace/bulkhead-|link/veth|process/container-|lxc/)([0-9]+)")
 LOCK, UP_LOCK, STATUS = "agent.lock", "up.lock", "status.json"
 
@@ -79,6 +83,7 @@ class Agent:
         self._health: Mapping[str, str] = {}
         self._clients_seen: tuple[object, ...] = ()
         self._client_keys: frozenset[str] = frozenset()
+        self._grant_keys: frozenset[str] | None = None
         self._checks = Checks(lambda: self._loaded.host.checks, self._healthy)
         asker = identity(settings.api_user)
         self._sockets = Sockets(settings.run_dir, lambda: self._loaded.host.api, asker, self._trouble)
@@ -292,7 +297,7 @@ class Agent:
     async def _publish(self) -> None:
         """Write down how everything is, for `bulkhead status`, whenever that has changed."""
         path = self._settings.own_dir / STATUS
-        before = -1
+        before, written, at = -1, -1, 0.0
         while not self.stop.is_set():
             if self.reconciler.settled and not self._ready and self.reconciler.status:
                 self._ready = True
@@ -300,6 +305,8 @@ class Agent:
                 self._tell(Kind.HOST_READY, f"the host is as {self._settings.state_file} says ({took:.1f} s)")
             if before != (before := self.reconciler.changes):
                 self._tell_store()
+            if written != before and (self.reconciler.settled or time.monotonic() > at + STATUS_S):
+                written, at = before, time.monotonic()
                 with contextlib.suppress(BulkheadError):
                     write_atomically(path, json.dumps(self.describe(), indent=1), 0o644)
             for key, count in self._limiter.withheld(time.monotonic()).items():
@@ -333,7 +340,32 @@ class Agent:
                 left = one if one.phase is not Phase.DONE else ports
                 if left is not None:
                     out.setdefault(f"container/{found[1]}", f"it is not gone yet: {left.why}")
-        return out | self._unready_clients()
+        return out | self._unready_clients() | self._unready_grants()
+
+    def _unready_grants(self) -> dict[str, str]:
+        """The same of grants: those whose way is not made yet, and those whose connections may still be known."""
+        status = self.reconciler.status
+        assert self._wanted is not None
+        waiting = {key: one.why for key, one in status.items() if one.phase is not Phase.DONE}
+        out = {}
+        now = {}
+        for grant in self._wanted.state.grants:
+            now[f"grant/{grant.id}"] = needs = ["connections", "ports/passages"]
+            for opening in openings(replace(self._wanted.state, grants=(grant,))):
+                needs.append(f"names/{opening.source_network}")
+                needs += (f"interface/{namespace_of(end.id)}/eth0" for end in (opening.source, opening.target))
+        for key, needs in now.items():
+            if why := next((waiting[need] for need in needs if need in waiting), ""):
+                out[key] = why
+        if "connections" in waiting:
+            ended = self._grant_keys
+            if ended is None:  # nothing is known of what was open before this agent began
+                ended = frozenset(key_of(one) for one in self._desired.records.grants if one.expires_at)
+            why = f"its connections may be known yet: {waiting['connections']}"
+            out |= dict.fromkeys(ended - now.keys(), why)
+        elif status:
+            self._grant_keys = frozenset(now)
+        return out
 
     def _unready_clients(self) -> dict[str, str]:
         """The same of clients of the VPN's server."""

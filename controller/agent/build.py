@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -22,6 +22,7 @@ from controller.agent.netclient import Netclient, daemon_command
 from controller.agent.netlink import Nets, Route
 from controller.agent.nft import TABLE, NftTable
 from controller.agent.ovs import Bridge, Ovsdb, Ports
+from controller.agent.passages import Connections, Passages, Tracker
 from controller.agent.process import Kept, Process, Program, Programs
 from controller.agent.resource import Change, Resource
 from controller.agent.run import PREFIX
@@ -29,6 +30,7 @@ from controller.agent.settings import Settings
 from controller.agent.sysctls import Sysctls
 from controller.agent.vpn import Clients
 from controller.agent.wireguard import WgConfig, WireGuard, resolve, show
+from controller.grants import Opening, openings, passages, zones
 from controller.hostmodel import WARP_MTU, Container, Datapath, Driver, HostState, Leg, VpnServer
 from controller.model import DesiredState, Mac, Member, Network, Role
 from controller.problems import BulkheadError
@@ -48,6 +50,8 @@ class Made:
     def __init__(self) -> None:
         self._old: dict[Hashable, tuple[Resource, ...]] = {}
         self._new: dict[Hashable, tuple[Resource, ...]] = {}
+        self.granted = False
+        """Whether anything was ever granted."""
 
     def once(self, of: Hashable, make: Callable[[], Sequence[Resource]]) -> tuple[Resource, ...]:
         """The resources that are made of that."""
@@ -141,7 +145,13 @@ def build(state: DesiredState, host: HostState, parts: Parts) -> Built:
         ((network, member, host.container(member.id)) for network, member in wanted),
         key=lambda each: (each[2].order, len(each[1].id), each[1].id),
     )
-    running = [_Run(state, host, *each, mtus[each[0].name]) for each in containers if each[2].running]
+    opened = openings(state)
+    to_peers = _peer_routes(state, opened, mtus)
+    running = [
+        _Run(state, host, *each, mtus[each[0].name], to_peers.get(each[1].id, ()))
+        for each in containers
+        if each[2].running
+    ]
     owned: dict[str, tuple[str, ...]] = {f"container/{member.id}": () for _, member, _ in containers}
     rest: list[Resource] = []
     for run in running:
@@ -159,6 +169,7 @@ def build(state: DesiredState, host: HostState, parts: Parts) -> Built:
     out += (
         Ports(parts.ovsdb, name, tuple(of_bridge), partial(our_links, parts.nets)) for name, of_bridge in ports.items()
     )
+    out += _grants(state, opened, parts)
     for network in state.networks:
         out += _host_side(network, parts)
     out += rest
@@ -170,15 +181,57 @@ def build(state: DesiredState, host: HostState, parts: Parts) -> Built:
     return Built(out, owned)
 
 
+def _grants(state: DesiredState, opened: tuple[Opening, ...], parts: Parts) -> list[Resource]:
+    """What grants need of this host as a whole, or have left behind."""
+    kept_in, needed = zones(state), passages(state)
+    before, parts.made.granted = parts.made.granted, parts.made.granted or bool(opened)
+
+    def connections() -> list[Resource]:
+        tracker = Tracker(parts.settings.ovsdb, parts.datapath)
+        return [Connections(tracker, parts.controller, opened, kept_in, parts.ovsdb, before=before)]
+
+    once = parts.made.once
+    return [
+        *once(("connections", opened, tuple(kept_in.items()), parts.datapath), connections),
+        *once(("passages", needed, tuple(kept_in)), lambda: [Passages(parts.ovsdb, needed, tuple(kept_in))]),
+    ]
+
+
+def _peer_routes(
+    state: DesiredState, opened: tuple[Opening, ...], mtus: Mapping[str, int]
+) -> dict[str, tuple[Route, ...]]:
+    """Routes to the other ends of grants that take less in one piece than a container's own interface, by its id.
+
+    On the way nobody could say so: there is no router between the two, and what is too long is dropped in silence.
+    """
+    out: dict[str, dict[Route, None]] = {}
+    for o in opened:
+        near, far = state.network(o.source_network), state.network(o.target_network)
+        fits = {m.id: 1500 if _forwards(n, m) else mtus[n.name] for n, m in ((near, o.source), (far, o.target))}
+        for network, member, other in ((near, o.source, o.target), (far, o.target, o.source)):
+            if fits[other.id] < fits[member.id]:
+                route = Route(f"{other.address}/32", str(network.gateway), mtu=fits[other.id])
+                out.setdefault(member.id, {})[route] = None
+    return {key: tuple(routes) for key, routes in out.items()}
+
+
 class _Run:
     """A container that is to run, with all of the state that matters to it. Two are the same where that is the same."""
 
     def __init__(
-        self, state: DesiredState, host: HostState, network: Network, member: Member, container: Container, mtu: int
+        self,
+        state: DesiredState,
+        host: HostState,
+        network: Network,
+        member: Member,
+        container: Container,
+        mtu: int,
+        to_peers: tuple[Route, ...],
     ) -> None:
         self.network, self.member, self.container, self.mtu = network, member, container, mtu
+        self.to_peers = to_peers
         self.zone = next((zone for zone in host.zones if zone.network == network.name), None)
-        self._what = (_bare(network, state), member, container, mtu, self.zone)
+        self._what = (_bare(network, state), member, container, mtu, self.zone, to_peers)
 
     @property
     def common(self) -> tuple[str, ...]:
@@ -371,8 +424,10 @@ def _container(run: _Run, parts: Parts) -> list[Resource]:
         routes=(
             Route("default", str(network.gateway)),
             *((Route(str(network.subnet), mtu=run.mtu),) if _forwards(network, member) else ()),
+            *run.to_peers,
         ),
         needs=(gate.key,),
+        to_hosts_by=str(network.gateway),
     )
     out: list[Resource] = [gate, interface]
     if container.dns:

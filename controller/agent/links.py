@@ -201,7 +201,8 @@ class Interface:
     """What an interface in a namespace of ours is: up, with addresses, routes and permanent neighbours.
 
     With `exact` whatever else is on it is taken away; otherwise only what contradicts, and of a namespace's interface
-    the other addresses, which nobody would let through.
+    the other addresses, which nobody would let through. Of the routes to single hosts by way of `to_hosts_by` those with
+    an MTU are ours.
     """
 
     period = 5.0
@@ -218,8 +219,10 @@ class Interface:
         needs: tuple[str, ...] = (),
         exact: bool = False,
         key: str | None = None,
+        to_hosts_by: str | None = None,
     ) -> None:
         self._nets = nets
+        self._to_hosts_by = to_hosts_by
         self._namespace, self._name, self._exact = namespace, name, exact
         self._addresses = tuple(_cidr(text) for text in addresses)
         self._routes = routes
@@ -273,11 +276,15 @@ class Interface:
         wanted = set(self._routes)
         targets = {route.prefix for route in wanted}
         for route in sorted(have - wanted, key=str):
-            if self._exact or route.prefix in targets:
+            if self._exact or route.prefix in targets or self._is_to_host(route):
                 yield Change(Sign.REMOVE, f"route {route} of {self}", "nobody wants it", self._route("del", route))
         for route in self._routes:
             if route not in have:
                 yield Change(Sign.ADD, f"route {route} of {self}", "missing", self._route("add", route))
+
+    def _is_to_host(self, route: Route) -> bool:
+        by = self._to_hosts_by
+        return by is not None and route.via == by and route.mtu is not None and route.prefix.endswith("/32")
 
     async def _find(self) -> tuple[Link | None, Net | None]:
         if not self._nets.exists(self._namespace):

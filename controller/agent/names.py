@@ -1,6 +1,6 @@
 """The names of a network: what its resolver answers, as files for dnsmasq, and the resolver itself.
 
-A name of one network does not exist in another, and neither is ever asked of an upstream. What changes with containers
+A name of one network does not exist in another but while a grant leads there, and neither is ever asked of an upstream. What changes with containers
 is in a hosts file that dnsmasq reads again by itself; services and upstreams need a new start. Imports files, netns,
 resource, run, runner.
 """
@@ -19,6 +19,7 @@ from controller.agent.netns import in_namespace
 from controller.agent.resource import Change, Failed, Sign
 from controller.agent.run import NETNS_DIR, PREFIX
 from controller.agent.runner import Runner
+from controller.grants import Opening, openings
 from controller.hostmodel import HostState, Zone
 from controller.model import DesiredState, Ipv4, Member, Network, Prefix
 
@@ -69,7 +70,16 @@ def dnsmasq_hosts(state: DesiredState, host: HostState, zone: Zone) -> str:
         lines += (_line(address, f"{name}.{zone.domain}") for address in addresses)
     if GATEWAY not in taken | offered.keys():
         lines.append(_line(network.gateway, f"{GATEWAY}.{zone.domain}"))
+    lines += dict.fromkeys(_line(o.target.address, name) for o, name in _granted(state, host, zone))
     return "".join(lines)
+
+
+def _granted(state: DesiredState, host: HostState, zone: Zone) -> Iterator[tuple[Opening, str]]:
+    """What grants open from this network, each with the full name of its target. Its other names stay unknown here."""
+    domains = {other.network: other.domain for other in host.zones}
+    for opening in openings(state):
+        if opening.source_network == zone.network and opening.target_network in domains:
+            yield opening, f"{opening.target.name}.{domains[opening.target_network]}"
 
 
 def _line(address: Ipv4, *names: str) -> str:
@@ -109,6 +119,7 @@ def dnsmasq_conf(state: DesiredState, host: HostState, zone: Zone, hosts_dir: Pa
         f"cache-size={CACHED}",
         *(f"local=/{name.lower()}/" for name in dict.fromkeys(local)),
         *(_services(network, host, zone)),
+        *dict.fromkeys(_granted_services(state, host, zone)),
         *(f"server={address}" for address in zone.upstream),
         *([] if zone.upstream else ["address=/#/"]),  # nobody to ask: it does not exist
     ]
@@ -123,6 +134,15 @@ def _services(network: Network, host: HostState, zone: Zone) -> Iterator[str]:
                 name = f"_{service.name}._{service.protocol}.{owner}"
                 if _fits(name) and _fits(target):
                     yield f"srv-host={name},{target},{service.port}".lower()
+
+
+def _granted_services(state: DesiredState, host: HostState, zone: Zone) -> Iterator[str]:
+    for opening, target in _granted(state, host, zone):
+        serving = {member.id for member in _serving(state.network(opening.target_network), host)}
+        for service in opening.target.services if opening.target.id in serving else ():
+            name = f"_{service.name}._{service.protocol}.{target}"
+            if (service.protocol, service.port) == (opening.protocol, opening.port) and _fits(name) and _fits(target):
+                yield f"srv-host={name},{target},{service.port}".lower()
 
 
 # The resolver.

@@ -82,11 +82,12 @@ class Known:
         self.addresses: dict[int, set[str]] | None = None
         self.routes: dict[int | None, set[Route]] | None = None
         self.neighbours: dict[int, dict[str, str]] | None = None
+        self.every: dict[str, Link] | None = None
         self.since = time.monotonic()
 
     def forget(self) -> None:
         """Know nothing any more."""
-        self.links, self.addresses, self.routes, self.neighbours = {}, None, None, None
+        self.links, self.addresses, self.routes, self.neighbours, self.every = {}, None, None, None, None
         self.since = time.monotonic()
 
     def hear(self, told: bytes) -> None:
@@ -97,6 +98,7 @@ class Known:
             if kind in _LINKS and at + 24 <= len(told):
                 (index,) = struct.unpack_from("=i", told, at + 20)
                 self.links = {name: link for name, link in self.links.items() if link and link.index != index}
+                self.every = None
             elif kind in _ADDRESSES:
                 self.addresses = None
             elif kind in _NEIGHBOURS:
@@ -149,8 +151,11 @@ class Net:
 
     async def links(self) -> dict[str, Link]:
         """Every interface by name."""
-        found = [_link(message) for message in await self.rtnl.get_links()]
-        return {link.name: link for link in found}
+        self.listen()
+        if self.known.every is None:
+            found = [_link(message) for message in await self.rtnl.get_links()]
+            self.known.every = {link.name: link for link in found}
+        return self.known.every
 
     async def link(self, name: str) -> Link | None:
         """The interface of that name."""

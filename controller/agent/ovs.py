@@ -42,14 +42,14 @@ _COLUMNS = {
         "name", "datapath_type", "datapath_id", "fail_mode", "protocols", "other_config", "external_ids", "controller", "ports",
     ],
     "Port": ["name", "interfaces", "external_ids"],
-    "Interface": ["name", "type", "ofport", "error"],
+    "Interface": ["name", "type", "ofport", "error", "options"],
     "Controller": ["target", "connection_mode", "is_connected"],
 }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class PortRow:
-    """A port as OVSDB has it. `number` is 0 until ovs-vswitchd has given one, negative if it could not."""
+    """A port as OVSDB has it; `peer` is a patch port's. `number` is 0 until ovs-vswitchd has given one, negative if it could not."""
 
     name: str
     number: int
@@ -57,6 +57,7 @@ class PortRow:
     ours: bool
     made_for: int
     type: str
+    peer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,7 @@ class Ovsdb:
         self._changed = changed
         self._connection: Any = None
         self._api: Any = None
+        self._read: tuple[int, dict[str, BridgeRow]] | None = None
 
     async def connect(self) -> None:
         """Connect, if it is not yet. Raises `Waiting` while nobody answers."""
@@ -108,14 +110,16 @@ class Ovsdb:
         if self._connection is not None:
             with contextlib.suppress(Exception):
                 self._connection.stop(timeout=2)
-            self._connection = self._api = None
+            self._connection = self._api = self._read = None
 
     async def bridges(self) -> dict[str, BridgeRow]:
         """Every bridge by name, from the copy of the database."""
         await self.connect()
         with self._connection.lock:
-            tables = self._connection.idl.tables
-            return {row.name: _bridge(row) for row in tables["Bridge"].rows.values()}
+            idl = self._connection.idl
+            if self._read is None or self._read[0] != idl.change_seqno:
+                self._read = idl.change_seqno, {row.name: _bridge(row) for row in idl.tables["Bridge"].rows.values()}
+            return self._read[1]
 
     async def datapath_types(self) -> set[str]:
         """What ovs-vswitchd says it can do; empty until it runs."""
@@ -201,10 +205,12 @@ def _port(row: Any) -> PortRow:
         ours=MARK in row.external_ids,
         made_for=int(row.external_ids.get(INDEX, 0)),
         type=interface.type if interface is not None else "",
+        peer=interface.options.get("peer", "") if interface is not None else "",
     )
 
 
-def _find(tables: Any, table: str, name: str) -> Any:
+def find_row(tables: Any, table: str, name: str) -> Any:
+    """A row by its name, None where there is none."""
     return next((row for row in tables[table].rows.values() if row.name == name), None)
 
 
@@ -258,7 +264,7 @@ class Bridge:
         link = await self._kernel()
 
         def work(tables: Any, insert: Any) -> None:
-            bridge = _find(tables, "Bridge", self.name)
+            bridge = find_row(tables, "Bridge", self.name)
             if bridge is None:
                 bridge = self._insert(tables, insert)
             elif MARK not in bridge.external_ids and self._looks_made(bridge):
@@ -371,7 +377,8 @@ class Ports:
                 stale.append(name)
             elif name in odd and name in ours:
                 unmarked.append(name)
-        strays = [name for name, port in have.items() if port.ours and name not in self._wanted]
+        # Patch ports of ours are for `controller.agent.passages` to look after.
+        strays = [n for n, port in have.items() if port.ours and port.type != "patch" and n not in self._wanted]
         for name in strays:
             what = f"port {name} of {self._bridge}"
             out.append(Change(Sign.REMOVE, what, "nobody wants it", self._dropping(self._bridge, [name])))
@@ -390,7 +397,7 @@ class Ports:
 
     def _adding(self, names: list[str]) -> Step:
         def work(tables: Any, insert: Any) -> None:
-            bridge = _find(tables, "Bridge", self._bridge)
+            bridge = find_row(tables, "Bridge", self._bridge)
             if bridge is None:
                 raise Failed(f"bridge {self._bridge} has gone away")
             have = {port.name for port in bridge.ports}
@@ -408,7 +415,7 @@ class Ports:
     def _marking(self, names: list[str]) -> Step:
         def work(tables: Any, _insert: Any) -> None:
             for name in names:
-                if (port := _find(tables, "Port", name)) is not None:
+                if (port := find_row(tables, "Port", name)) is not None:
                     port.setkey("external_ids", MARK, "made")
                     port.setkey("external_ids", INDEX, str(_index(name)))
 
@@ -439,7 +446,7 @@ async def drop_ports(ovsdb: Ovsdb, bridge: str, names: list[str]) -> None:
     """Take ports off a bridge."""
 
     def work(tables: Any, _insert: Any) -> None:
-        row = _find(tables, "Bridge", bridge)
+        row = find_row(tables, "Bridge", bridge)
         for port in list(row.ports) if row is not None else ():
             if port.name in names:
                 row.delvalue("ports", port)
@@ -452,7 +459,7 @@ async def give_back(ovsdb: Ovsdb, nets: Nets, name: str) -> None:
     before: dict[str, Any] = {}
 
     def work(tables: Any, insert: Any) -> None:
-        row = _find(tables, "Bridge", name)
+        row = find_row(tables, "Bridge", name)
         if row is None:
             return
         if row.external_ids.get(MARK) == "made":

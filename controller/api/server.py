@@ -37,7 +37,7 @@ from controller.api_socket import Listening
 from controller.events import Event, Kind
 from controller.problems import BulkheadError
 from controller.records import Records
-from controller.store import Store
+from controller.store import Store, Tls
 
 LOG = logging.getLogger("bulkhead.api")
 BACKLOG = 1024
@@ -263,7 +263,7 @@ class Process:
         os.umask(0o077)
         settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         audit = Audit(settings.events)
-        store = Store(settings.remotes, lock=True)
+        store = Store(settings.remotes, Tls(*settings.store_tls) if settings.store_tls else None, lock=True)
         try:
             records = await asyncio.to_thread(store.start, 10.0)
             view = View(settings.state_file, settings.node, records)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,8 +14,8 @@ GROUP = "bulkhead"
 
 
 def this_node() -> str:
-    """The name of this host among the nodes: its host name, without a domain."""
-    return socket.gethostname().partition(".")[0].lower()
+    """The name of this host among the nodes, as agent and controller have it."""
+    return os.uname().nodename
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ class Settings:
     run_dir: Path = RUN_DIR
     state_dir: Path = STATE_DIR / "api"
     store: tuple[str, ...] = ()
+    store_tls: tuple[Path, ...] = ()
     node: str = field(default_factory=this_node)
     port: int = LOOPBACK_PORT
     controller_events: Path = EVENTS_DIR

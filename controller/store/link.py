@@ -140,6 +140,8 @@ class Link:
         for uuid in self._absorb("Service", updates):
             if uuid in self._service_of:
                 touched["Container"].add(self._service_of[uuid])
+            if uuid not in self._rows["Service"]:
+                self._service_of.pop(uuid, None)
         for table in rows.TYPE:
             touched.setdefault(table, set()).update(self._absorb(table, updates))
             # First all that goes, then what comes: a name may have passed from one to the other.

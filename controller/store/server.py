@@ -141,8 +141,8 @@ def prepare(database: Path, cluster: Cluster | None = None) -> None:
     clustered = check(database)
     if cluster is not None and not clustered:
         raise BulkheadError(
-            f"{database} is a store of one server; to begin a cluster with what it holds: bulkhead store backup, move the "
-            "file away, serve with --cluster, then bulkhead store restore"
+            f"{database} is a store of one server; to begin a cluster with what it holds: bulkhead store backup, move "
+            "the file away, serve with --cluster, then bulkhead store restore"
         )
     if clustered:
         return  # what it holds came from the cluster, and is converted through a running server
@@ -153,12 +153,15 @@ def prepare(database: Path, cluster: Cluster | None = None) -> None:
 
 
 def not_newer(what: str, found: str) -> bool:
-    """Whether a schema version is older than ours. Raises `BulkheadError` if it is newer: ours would drop what it added."""
+    """Whether a schema version is older than ours.
+
+    Raises `BulkheadError` if it is newer: to convert would drop what it has added.
+    """
     ours = str(json.loads(SCHEMA.read_text())["version"])
     if _version(found) > _version(ours):
         raise BulkheadError(
-            f"{what} is of a newer version (schema {found}, this program has {ours}); install that version, or restore an "
-            "older backup"
+            f"{what} is of a newer version (schema {found}, this program has {ours}); install that version, or restore "
+            "an older backup"
         )
     return found != ours
 
@@ -208,8 +211,8 @@ def check(database: Path) -> bool:
         torn = (match is None and b"\n" not in rest) or (match is not None and len(rest) - match.end() < int(match[2]))
         if not torn and rest.strip(b"\0"):
             raise BulkheadError(
-                f"{database} is damaged at byte {at} of {len(data)}; move it away, start again and `bulkhead store restore` "
-                f"the newest backup; or go on with what stands before the damage: truncate -s {at} {database}"
+                f"{database} is damaged at byte {at} of {len(data)}; move it away, start again and `bulkhead store "
+                f"restore` the newest backup; or go on with what stands before the damage: truncate -s {at} {database}"
             )
         os.truncate(database, at)
         said = "the last record was cut short, was never acknowledged, and is gone"

@@ -81,17 +81,32 @@ class Change:
                 raise Clash(f"{taken}: {owner} has it; choose another, or delete {owner} first")
 
 
+class _Outcome(Generic[T]):
+    """What a function has answered or raised."""
+
+    __slots__ = ("answer", "error")
+
+    def __init__(self, answer: T | None = None, error: BaseException | None = None) -> None:
+        self.answer, self.error = answer, error
+
+
 class _Job(Generic[T]):
     def __init__(self, fn: Callable[[Change], T], deadline: float, above: int = 0) -> None:
         self.fn, self.deadline, self.above = fn, deadline, above
         self.future: Future[tuple[T, int]] = Future()
-        self.answer: T
-        self.tried: dict[str, tuple[T, int]] = {}
-        """Attempts of which nobody knows whether they were, or will be, carried out, by the commit's name: the answer,
+        self.tried: dict[str, tuple[_Outcome[T], int]] = {}
+        """Attempts of which nobody knows whether they were, or will be, carried out, by the commit's name: the outcome,
         and the revision that they build on."""
         self.cleared = -1
         """The revision at which none of them had been carried out."""
         self.alone = above > 0
+
+    def settle(self, outcome: _Outcome[T], revision: int) -> None:
+        """Answer the caller."""
+        if outcome.error is not None:
+            self.future.set_exception(outcome.error)
+        else:
+            self.future.set_result((outcome.answer, revision))  # type: ignore[arg-type]
 
 
 class Store:
@@ -101,10 +116,12 @@ class Store:
         self._link = Link(remotes, tls, leader_only=True)
         self._lock = lock
         self._locked_at = 0.0
+        self._inbox: deque[_Job[Any]] = deque()
+        """Filled by any thread; all else is the store's thread's."""
         self._jobs: deque[_Job[Any]] = deque()
         self._calls: deque[Callable[[], None]] = deque()
         self._flying: list[_Job[Any]] = []
-        self._landed: tuple[list[_Job[Any]], int] | None = None
+        self._landed: tuple[list[_Job[Any]], str, int] | None = None
         self._doubtful: list[_Job[Any]] = []
         self._asking = False
         self._subscribers: list[Subscriber] = []
@@ -151,7 +168,7 @@ class Store:
         if self._closing:
             raise Unavailable("the store was closed")
         job: _Job[T] = _Job(fn, time.monotonic() + timeout_s, above)
-        self._jobs.append(job)
+        self._inbox.append(job)
         self._wake()
         try:
             return job.future.result(timeout_s + 1.0)
@@ -168,7 +185,7 @@ class Store:
         """Stop. Changes that wait are refused."""
         self._closing = True
         self._wake()
-        if self._thread.is_alive():
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(5)
         self._wake_in.close()
 
@@ -187,10 +204,11 @@ class Store:
                     # A defect. Whatever was half done is asked for again, like after a lost connection.
                     _LOG.exception("the store's thread")
                     self._link.session.restart(f"internal error: {type(exc).__name__}")
+                    self._expire()
                 self._wait()
         finally:
             self._closing = True
-            for job in [*self._flying, *self._doubtful, *self._jobs]:
+            for job in [*self._flying, *self._doubtful, *self._jobs, *self._inbox]:
                 self._fail(job, "the store was closed")
             self._link.close()
 
@@ -200,6 +218,8 @@ class Store:
                 self._calls.popleft()()
             except Exception:
                 _LOG.exception("a publication was refused")
+        while self._inbox:
+            self._jobs.append(self._inbox.popleft())
         before = None
         while before != (before := self._state()):
             records = self._link.poll()
@@ -276,7 +296,7 @@ class Store:
         base = snapshot
         revision = base.revision + 1
         touched: set[str] = set()
-        batch: list[_Job[Any]] = []
+        batch: list[tuple[_Job[Any], _Outcome[Any]]] = []
         while self._jobs and len(batch) < BATCH:
             if self._jobs[0].alone and batch:
                 break
@@ -288,33 +308,33 @@ class Store:
             mine = snapshot.copy()
             change = Change(mine, revision)
             try:
-                job.answer = job.fn(change)
+                outcome = _Outcome(job.fn(change))
                 change.check()
             except BaseException as exc:
-                job.future.set_exception(exc)
+                outcome = _Outcome(error=exc)
+                change.touched.clear()
+            if change.touched:
+                snapshot, touched = mine, touched | change.touched
+            elif snapshot is base:
+                job.settle(outcome, base.revision)
                 continue
-            if not change.touched:
-                job.future.set_result((job.answer, base.revision))
-                continue
-            snapshot, touched = mine, touched | change.touched
-            batch.append(job)
+            # Else it rests on what those before it in this batch have put, and is worth what they are.
+            batch.append((job, outcome))
             if job.alone:
                 break
-        if not batch:
-            return
         operations = self._operations(base, snapshot, touched)
         if not operations:
-            for job in batch:
-                job.future.set_result((job.answer, base.revision))
+            for job, outcome in batch:
+                job.settle(outcome, base.revision)
             return
         name = uuid.uuid4().hex
-        for job in batch:
-            job.tried[name] = job.answer, base.revision
-        self._flying = batch
+        for job, outcome in batch:
+            job.tried[name] = outcome, base.revision
+        self._flying = flying = [job for job, _ in batch]
         began = self._link.root is None
         # Without "durable" a server on its own answers before its disk has it.
         operations = [*self._guard(base.revision, revision, name), *operations, {"op": "commit", "durable": True}]
-        self._link.session.transact(operations, lambda results: self._answered(batch, name, revision, began, results))
+        self._link.session.transact(operations, lambda results: self._answered(flying, name, revision, began, results))
 
     def _guard(self, before: int, revision: int, name: str) -> list[Any]:
         """The operations that let a transaction through only if nobody has written since, and that say whose it was."""
@@ -374,14 +394,19 @@ class Store:
             return
         error = failure(results)
         if error is None:
-            self._landed = batch, revision
+            self._landed = batch, name, revision
+            return
+        kind, details = str(error.get("error")), str(error.get("details", ""))
+        if kind == "not owner":
+            self._link.session.unlock()
+        clustered = bool(self._link.session.cluster)
+        if kind in ("timed out", "not owner") and clustered:
+            # A server that has just lost the lead runs a transaction again by itself, on top of its own first attempt.
+            self._doubtful += batch
             return
         for job in batch:
             job.tried.pop(name, None)
-        kind, details = str(error.get("error")), str(error.get("details", ""))
         if kind in ("timed out", "not owner"):
-            if kind == "not owner":
-                self._link.session.unlock()
             self._jobs.extendleft(reversed(batch))
         elif kind == "constraint violation" and began and '"Bulkhead"' in details:
             # Somebody else has begun the store in this very moment.
@@ -392,7 +417,7 @@ class Store:
                 job.alone = True
             self._jobs.extendleft(reversed(batch))
         else:
-            batch[0].future.set_exception(_refused(kind, details))
+            batch[0].future.set_exception(_refused(kind, details, doubtful=clustered))
 
     def _ask(self) -> None:
         """Ask which of the attempts that nobody knows about were carried out."""
@@ -416,9 +441,10 @@ class Store:
         for job in doubtful:
             name = next((name for name in job.tried if name in written), None)
             if name is not None:
-                job.future.set_result((job.tried[name][0], written[name]))
+                job.settle(job.tried[name][0], written[name])
                 continue
-            # An attempt may still be on its way through a cluster. It can only come next: then ours fails, and we ask again.
+            # An attempt may still be on its way through a cluster, and can only come next: then ours fails, and we ask
+            # again.
             job.tried = {name: tried for name, tried in job.tried.items() if tried[1] >= now}
             job.cleared = now
             again.append(job)
@@ -426,12 +452,12 @@ class Store:
 
     def _settle(self) -> None:
         """Answer changes that were written, once our own copy shows them."""
-        if self._landed is None or (self._link.connected and self.records.revision < self._landed[1]):
+        if self._landed is None or (self._link.connected and self.records.revision < self._landed[2]):
             return
-        batch, revision = self._landed
+        batch, name, revision = self._landed
         self._landed = None
         for job in batch:
-            job.future.set_result((job.answer, revision))
+            job.settle(job.tried[name][0], revision)
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -452,10 +478,12 @@ class Store:
         return f"the store does not answer ({self._link.why or 'it is busy'}); see that `bulkhead store serve` runs"
 
 
-def _refused(kind: str, details: str) -> BulkheadError:
+def _refused(kind: str, details: str, *, doubtful: bool) -> BulkheadError:
     # The protocol has one error for every constraint; only its text says which.
     if kind == "constraint violation" and "index" in details:
         return Clash(f"the store refuses the change: {details}")
     if kind in ("I/O error", "resources exhausted", "cluster error"):
-        return Unavailable(f"the store could not write the change ({kind}: {details}); see to its disk, then try again")
+        doubt = _DOUBT if doubtful else ""
+        why = f"the store could not write the change ({kind}: {details}); see to its disk, then try again{doubt}"
+        return Unavailable(why, doubtful=doubtful)
     return BulkheadError(f"the store refuses the change: {kind}: {details}")

@@ -28,7 +28,7 @@ Answer = Callable[[list[Json] | None], None]
 
 BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 CONNECT_S = 1.0
-PROBE_S = 2.0
+PROBE_S = 1.5
 """Silence after which the server is asked for an echo; as much again, and the connection is given up."""
 _CHUNK = 1 << 18
 _WAITS = (errno.EINPROGRESS, errno.EALREADY, errno.EAGAIN)
@@ -359,6 +359,9 @@ class Session:
             pass
         except ssl.SSLError as exc:
             self._drop(f"{self.remote}: {exc.reason}")
+            return
+        self._out += self._bio_out.read()  # TLS has things of its own to say
+        self._flush()
 
     def _parse(self) -> None:
         # A message that is not whole yet does not end so, mostly; it is looked at again when there is more.

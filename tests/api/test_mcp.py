@@ -167,7 +167,10 @@ def test_a_caller_is_refused_what_its_token_does_not_allow(ask: Ask, tokens: dic
 def test_everything_can_be_read(ask: Ask, tokens: dict[str, str]) -> None:
     flow = {"source": "monitoring", "destination": "xray", "protocol": "tcp", "port": 8080}
     calls: list[tuple[str, dict[str, Any]]] = [
-        *((name, {}) for name in ("list_networks", "list_services", "list_grants", "list_containers", "reachability")),
+        *(
+            (name, {})
+            for name in ("status", "list_networks", "list_services", "list_grants", "list_containers", "reachability")
+        ),
         ("why", flow),
         ("list_events", {"limit": 1, "kind": "api_started"}),
     ]

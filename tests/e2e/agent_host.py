@@ -25,7 +25,12 @@ STATUS = "agent/status.json"
 
 
 class BareHost:
-    """Start it and close it. `agent` and `controller` are run by the test, `bulkhead` asks."""
+    """Start it and close it. `agent` and `controller` are run by the test, `bulkhead` asks.
+
+    `up` has no API but where `with_api` says so: it needs directories that others can pass through.
+    """
+
+    with_api = False
 
     def __init__(self, directory: Path, state: str | None = None) -> None:
         self.directory = directory
@@ -71,12 +76,14 @@ class BareHost:
         }
         return [word for name in which for word in known[name]]
 
-    def start(self, what: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    def start(self, what: str, env: Mapping[str, str] | None = None, *more: str) -> subprocess.Popen[str]:
         """Start `agent`, `controller` or `up`; what it says goes to a log file."""
+        if what == "up" and not self.with_api:
+            more = (*more, "--no-api")
         wants = {"agent": "run state ovsdb", "controller": "run events ovsdb", "up": "run state events ovsdb"}[what]
         with (self.directory / f"{what}.log").open("a") as log:
             process = subprocess.Popen(
-                self.command(what, str(self.state_file), *self.options(*wants.split()), "-v"),
+                self.command(what, str(self.state_file), *self.options(*wants.split()), *more, "-v"),
                 env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

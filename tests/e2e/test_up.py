@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import stat
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from controller.agent.identity import NUMBER
+from lab.ovs import die_with_parent
 
 from .agent_host import BareHost, difference, stop
 
@@ -22,6 +23,8 @@ CURL = "curl -sS -m 20 -H 'Content-Type: application/json'"
 
 class UpHost(BareHost):
     """Asks the API as well."""
+
+    with_api = True
 
     def api(self, what: str, body: object = None, more: str = "") -> Any:
         """GET, or POST a body, on loopback."""
@@ -174,23 +177,7 @@ def test_what_the_api_may_and_may_not_touch(host: UpHost) -> None:
 
 
 def test_without_store_and_api(host: UpHost) -> None:
-    up = host.start("up", {"BULKHEAD_API_USER": "nobody"})
-    host.settle()
-    stop(up)
-    log = host.directory / "up.log"
-    log.unlink()
-    words = [*host.options("run", "state", "events", "ovsdb"), "--no-store", "-v"]
-    import subprocess
-
-    from lab.ovs import die_with_parent
-
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            host.command("up", str(host.state_file), *words),
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-            stdout=file, stderr=file, text=True, start_new_session=True, preexec_fn=die_with_parent,
-        )  # fmt: skip
-    host._started.append(process)
+    process = host.start("up", None, "--no-store")
     host.settle()
     assert _runs(host, "store") is None and _runs(host, "api") is None
     assert not (host.run_dir / "store.sock").exists()
@@ -198,3 +185,39 @@ def test_without_store_and_api(host: UpHost) -> None:
     time.sleep(0.5)
     assert _runs(host, "agent") is not None
     stop(process)
+
+
+def test_with_a_store_elsewhere_none_is_run(host: UpHost) -> None:
+    tls = host.directory / "tls"
+    tls.mkdir(mode=0o711)
+    host.machine.sh(
+        f"""cd {tls}; new='-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes'
+        openssl req -x509 $new -subj /CN=CA -keyout ca.key -out ca.pem -days 2 2>/dev/null
+        openssl req $new -subj /CN=store -keyout key.pem -out request 2>/dev/null
+        openssl x509 -req -in request -CA ca.pem -CAkey ca.key -out cert.pem -days 2 2>/dev/null"""
+    )
+    (tls / "key.pem").chmod(0o600)
+    files = ["--private-key", str(tls / "key.pem"), "--certificate", str(tls / "cert.pem")]
+    elsewhere = host.directory / "elsewhere"
+    words = [
+        "store",
+        "serve",
+        "--run-dir",
+        str(elsewhere),
+        "--state-dir",
+        str(elsewhere),
+        "--listen",
+        "ssl:127.0.0.1:6690",
+    ]
+    process = subprocess.Popen(host.command(*words, *files, "--ca", str(tls / "ca.pem")), start_new_session=True, preexec_fn=die_with_parent)  # fmt: skip
+    host._started.append(process)
+    mine = ["--store-private-key", files[1], "--store-certificate", files[3], "--store-ca", str(tls / "ca.pem")]
+    store = ["--store", "ssl:127.0.0.1:6690", *mine]
+    done = host.bulkhead("up", str(host.state_file), *host.options("run", "state", "events", "ovsdb"), *store)
+    assert done.returncode == 2 and f"cannot read {files[1]}" in " ".join(done.stderr.split())
+    host.machine.sh(f"chgrp {NUMBER} {files[1]}; chmod 640 {files[1]}")
+    host.start("up", None, *store)
+    host.settle()
+    host.until(host.answers, 15, "answering")
+    assert not (host.run_dir / "store.sock").exists()
+    assert host.api("containers/create", {"name": "relay", "network": "privacy"})["state"] == "ready"

@@ -38,8 +38,8 @@ def main() -> None:
 
     plain = statefile.Source.with_records
 
-    def granting(self: statefile.Source, records: Records, node: str) -> statefile.Loaded:
-        loaded = plain(self, records, node)
+    def granting(self: statefile.Source, records: Records, node: str, now: float = 0.0) -> statefile.Loaded:
+        loaded = plain(self, records, node, now)
         path = Path(self.name).with_suffix(".grants")
         grants = [Grant(*each) for each in json.loads(path.read_text())] if path.exists() else []
         return replace(loaded, state=with_grants(loaded.state, grants))

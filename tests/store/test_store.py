@@ -234,7 +234,8 @@ def test_a_node_that_hangs_with_the_lock_is_said(server: Server) -> None:
     script = (
         "import sys, os, signal\nfrom controller.store import Store\nfrom tests.fakes.stores import container\n"
         "store = Store([sys.argv[1]], lock=True); store.start()\n"
-        "def fn(change):\n    print('held', flush=True); os.kill(os.getpid(), signal.SIGSTOP)\n    change.put(container(9))\n"
+        "def fn(change):\n    print('held', flush=True)\n    os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "    change.put(container(9))\n"
         "store.change(fn, 60)"
     )
     other = subprocess.Popen([sys.executable, "-c", script, server.address], cwd=ROOT, stdout=subprocess.PIPE)
@@ -540,7 +541,8 @@ def test_a_link_works_in_eventlets_loop(server: Server, store: Store) -> None:
 def follow_in_eventlet(address: str, store: Store, tls: tuple[Path, ...]) -> None:
     script = (
         "import eventlet; eventlet.monkey_patch()\nimport sys, time\nfrom controller.store import Link\n"
-        "from controller.store import Tls\nlink = Link([sys.argv[1]], Tls(*sys.argv[2:]) if sys.argv[2:] else None)\nticks = 0\n"
+        "from controller.store import Tls\n"
+        "link = Link([sys.argv[1]], Tls(*sys.argv[2:]) if sys.argv[2:] else None)\nticks = 0\n"
         "def tick():\n    global ticks\n    while True:\n        ticks += 1; time.sleep(0.01)\n"
         "eventlet.spawn(tick)\nprint('on', flush=True)\n"
         "while not link.records.containers:\n    link.poll(); time.sleep(0.005)\n"

@@ -1,4 +1,4 @@
-"""The database file and the commands around it: made, checked, converted, saved, brought back; and a disk that is full."""
+"""The database file and its commands: made, checked, converted, saved, brought back; and a disk that is full."""
 
 from __future__ import annotations
 
@@ -80,10 +80,14 @@ def host(tmp_path: Path) -> Iterator[Host]:
 @pytest.mark.slow
 def test_a_store_is_served_saved_and_brought_back(host: Host, tmp_path: Path) -> None:
     assert host.run("status").returncode == 1
-    host.serve()
+    no_group = host.run("serve", "--group", "nobody-has-this")
+    assert (no_group.returncode, "groupadd" in no_group.stderr) == (2, True)
+    host.serve(*(("--group", "daemon") if os.geteuid() == 0 else ()))
     database, path = host.places.database, host.places.socket
     assert (database.stat().st_mode & 0o777, database.parent.stat().st_mode & 0o777) == (0o600, 0o700)
     assert (path.stat().st_mode & 0o777, host.places.private.stat().st_mode & 0o777) == (0o660, 0o700)
+    if os.geteuid() == 0:
+        assert path.group() == "daemon"
     again = host.run("serve")
     assert (again.returncode, "is served already" in again.stderr) == (2, True)
 
