@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -224,7 +225,8 @@ def _trickled(where: Path, first: bytes) -> bytes:
                 got = sock.recv(65536)
             except TimeoutError:
                 if first and not answer:
-                    sock.sendall(b"x")
+                    with contextlib.suppress(OSError):
+                        sock.sendall(b"x")
                 continue
             except ConnectionResetError:
                 break
@@ -251,7 +253,7 @@ def test_buckets() -> None:
 
 
 def test_the_unix_socket_is_roots_and_the_groups(api: Stand) -> None:
-    assert api.socket.stat().st_mode & 0o777 in (0o600, 0o660)
+    assert api.where.stat().st_mode & 0o777 in (0o600, 0o660)
     assert (api.directory / "state").stat().st_mode & 0o077 == 0
 
 
