@@ -112,16 +112,22 @@ class Guard:
         """Who asks; None for nobody, where nobody has to be known."""
         if self._routes.needed(scope["method"], scope["path"]) is PUBLIC:
             return None
-        shown = headers.get(b"authorization")
-        if shown is not None:
-            return bearer(shown.decode("latin-1"), self._tokens(), time.time(), peer.origin)
-        found = peer.principal()
-        if found is None:
-            detail = (
-                "Send a token: Authorization: Bearer bh_…. On this host root and members of the group bulkhead need none; "
-                "one of them makes a token: bulkhead token create."
-            )
-            raise unauthenticated(detail)
+        try:
+            shown = headers.get(b"authorization")
+            if shown is not None:
+                return bearer(shown.decode("latin-1"), self._tokens(), time.time(), peer.origin)
+            found: Principal | None = scope["state"].get("caller")
+            if found is None:
+                detail = (
+                    "Send a token: Authorization: Bearer bh_…. On this host root and members of the group bulkhead need "
+                    "none; one of them makes a token: bulkhead token create."
+                )
+                raise unauthenticated(detail)
+        except ApiProblem:
+            late = self._denials.take(peer.origin, time.monotonic())
+            if late:  # no time for somebody who keeps guessing
+                raise too_many(late) from None
+            raise
         return found
 
     def _check_scope(self, scope: Scope, principal: Principal | None) -> None:

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import Header, Query
+from fastapi import Header, Query, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -98,7 +99,7 @@ class Logs:
         self._news = asyncio.Event()
         self._seen: tuple[object, ...] = ()
         self._watching: asyncio.Task[None] | None = None
-        self.readers = 0
+        self.readers: Counter[str] = Counter()
 
     def ends(self) -> Place:
         """Where the logs end now."""
@@ -119,7 +120,7 @@ class Logs:
             self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     async def _watch(self) -> None:
-        while self.readers:
+        while self.readers.total():
             seen = tuple(_stamp(directory) for directory in self.directories)
             if seen != self._seen:
                 self._seen = seen
@@ -302,15 +303,15 @@ class Reader:
 class Stream(Response):
     """Server-sent events until the reader goes away, or takes nothing for too long."""
 
-    def __init__(self, logs: Logs, place: Place, wanted: Filter) -> None:
+    def __init__(self, logs: Logs, who: str, place: Place, wanted: Filter) -> None:
         super().__init__(media_type="text/event-stream")
-        self._logs, self._place, self._wanted = logs, place, wanted
+        self._logs, self._who, self._place, self._wanted = logs, who, place, wanted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the head, and then what happens."""
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
         reader = Reader(self._logs, self._place, self._wanted)
-        self._logs.readers += 1
+        self._logs.readers[self._who] += 1
         self._logs.watch()
         gone = asyncio.ensure_future(_gone(receive))
         try:
@@ -325,7 +326,7 @@ class Stream(Response):
         finally:
             gone.cancel()
             reader.close()
-            self._logs.readers -= 1
+            self._logs.readers[self._who] -= 1
 
     async def _bodies(self, reader: Reader, gone: asyncio.Future[None]) -> AsyncIterator[bytes]:
         beat = time.monotonic()
@@ -400,6 +401,7 @@ def routes(api: Context) -> None:
         tag="events",
     )
     async def stream_events(
+        request: Request,
         kind: Kinds = None,
         network: NetworkNames = None,
         container: ContainerNames = None,
@@ -414,10 +416,13 @@ def routes(api: Context) -> None:
         text, field = (last_event_id, "Last-Event-ID") if last_event_id else (after_, "after")
         wanted = _filter(kind, network, container, None)
         place = parsed(text, field) if text else await asyncio.to_thread(logs.ends)
-        if logs.readers >= settings.limits.streams:
-            detail = f"{logs.readers} readers follow the events already. Try again later, or ask for the history."
+        who = api.principal(request).name
+        if logs.readers.total() >= settings.limits.streams or logs.readers[who] >= settings.limits.streams_each:
+            detail = (
+                f"{logs.readers.total()} readers follow the events already. Try again later, or ask for the history."
+            )
             raise ApiProblem("too-many-requests", detail, headers={"Retry-After": "10"})
-        return Stream(logs, place, wanted)
+        return Stream(logs, who, place, wanted)
 
 
 def _filter(

@@ -13,6 +13,7 @@ import signal
 import socket
 import ssl
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from email.utils import formatdate
@@ -51,9 +52,11 @@ ROUNDS = 4
 class Connection(HttpToolsProtocol):
     """One connection. `config` has the app; the rest is per server."""
 
-    def __init__(self, config: uvicorn.Config, state: ServerState, limits: Limits) -> None:
+    def __init__(self, config: uvicorn.Config, state: ServerState, limits: Limits, held: Counter[str]) -> None:
         super().__init__(config=config, server_state=state, app_state={})
         self._limits = limits
+        self._held = held
+        self._holder: str | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._in_head = False
@@ -62,17 +65,28 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """Find out who it is, once: what the kernel knows of a socket ends with it."""
         super().connection_made(transport)
-        if len(self.connections) > self._limits.connections:
-            self._refuse(
-                ApiProblem("unavailable", "Too many connections. Try again later.", headers={"Retry-After": "1"})
-            )
+        peer = peer_of(transport)
+        caller = peer.principal()
+        holder = caller.name if caller is not None else f"@{peer.origin}"
+        # Whoever is not known yet must not keep those out who are.
+        most = self._limits.connections // (2 if caller is not None else 8)
+        if len(self.connections) > self._limits.connections or self._held[holder] >= most:
+            detail = "Too many connections. Try again later."
+            self._refuse(ApiProblem("unavailable", detail, headers={"Retry-After": "1"}))
             return
-        self.app_state = {"peer": peer_of(transport)}
+        self._held[holder] += 1
+        self._holder = holder
+        self.app_state = {"peer": peer, "caller": caller}
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the timer."""
+        """Forget the timer, and who it was."""
         self._forget_head()
+        if self._holder is not None:
+            self._held[self._holder] -= 1
+            if not self._held[self._holder]:
+                del self._held[self._holder]
+            self._holder = None
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -178,6 +192,7 @@ class Server:
         self._config.load()
         self._state = ServerState()
         self._limits = limits
+        self._held: Counter[str] = Counter()
         self._servers: list[asyncio.Server] = []
         self.tick()
 
@@ -212,7 +227,7 @@ class Server:
             connection.transport.abort()
 
     def _connection(self) -> Connection:
-        return Connection(self._config, self._state, self._limits)
+        return Connection(self._config, self._state, self._limits, self._held)
 
 
 # ------------------------------------------------------------------------------------------------------------- sockets

@@ -33,7 +33,8 @@ class Limits:
     burst_s: int = 10
     denied_per_s: int = 5
     waiting: int = 256
-    streams: int = 32
+    streams: int = 64
+    streams_each: int = 32
     questions: int = 8
     wait_s: float = 30.0
     longest_wait_s: float = 300.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -224,7 +225,8 @@ def _trickled(where: Path, first: bytes) -> bytes:
                 got = sock.recv(65536)
             except TimeoutError:
                 if first and not answer:
-                    sock.sendall(b"x")
+                    with contextlib.suppress(OSError):
+                        sock.sendall(b"x")
                 continue
             except ConnectionResetError:
                 break
@@ -244,6 +246,29 @@ def test_too_many_requests(tmp_path: Path) -> None:
     assert int(answers[-1].headers["retry-after"]) >= 1
 
 
+def test_strangers_keep_nobody_out(api: Stand) -> None:
+    """Neither by connections that say nothing, nor by guesses."""
+    script = f"""
+import os, socket, time
+os.setgroups([]); os.setgid({STRANGER}); os.setuid({STRANGER})
+socks = [socket.create_connection(("127.0.0.1", {api.port})) for _ in range(150)]
+print("there", flush=True)
+time.sleep(30)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "there\n"
+        try:
+            assert status(raw(api, request())) == 200
+            assert status(raw(api, request(), uid=STRANGER)) in (0, 503)  # or hung up on
+        finally:
+            holder.kill()
+    until(lambda: status(raw(api, request(), uid=STRANGER)) == 401)
+    guesses = b"GET /api/containers HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer bh_x\r\n\r\n" * 80
+    answers = raw(api, guesses + request(Authorization="Bearer bh_x"), uid=STRANGER)
+    assert answers.count(b"HTTP/1.1 429") > 20 and b"HTTP/1.1 200" not in answers
+    assert status(raw(api, request())) == 200
+
+
 def test_buckets() -> None:
     buckets = Buckets(2, 4)
     assert [buckets.take("a", 0.0) for _ in range(5)] == [0, 0, 0, 0, 0.5]
@@ -251,7 +276,7 @@ def test_buckets() -> None:
 
 
 def test_the_unix_socket_is_roots_and_the_groups(api: Stand) -> None:
-    assert api.socket.stat().st_mode & 0o777 in (0o600, 0o660)
+    assert api.where.stat().st_mode & 0o777 in (0o600, 0o660)
     assert (api.directory / "state").stat().st_mode & 0o077 == 0
 
 

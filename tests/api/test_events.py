@@ -134,7 +134,7 @@ def test_ten_readers_one_of_them_stalled(api: Stand, log: EventLog) -> None:
     """The others miss nothing, and the stalled one is told what it has lost."""
     stalled = socket.socket(socket.AF_UNIX)
     stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    stalled.connect(str(api.socket))
+    stalled.connect(str(api.where))
     stalled.sendall(b"GET /api/events/stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
     readers = [Following(api) for _ in range(9)]
     before = memory(api)
@@ -169,7 +169,7 @@ def test_readers_are_bounded(api: Stand, log: EventLog) -> None:
     try:
         for _ in range(40):
             sock = socket.socket(socket.AF_UNIX)
-            sock.connect(str(api.socket))
+            sock.connect(str(api.where))
             sock.sendall(b"GET /api/events/stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
             socks.append(sock)
         answers = [sock.recv(20) for sock in socks]
