@@ -37,6 +37,7 @@ RANKS = (
     ("hub", "wire", "unixsocket"),
     ("asking", "api_socket", "client"),
     ("api",),
+    ("security",),
     ("link", "listen", "ovsdb", "control"),
     ("shell",),
     ("terminal", "storeoptions"),

@@ -1,0 +1,1 @@
+"""The security guide: certificates, the router and its clients, firewalls per role, verification, incidents."""
