@@ -45,6 +45,7 @@ class Api:
             openapi_url=None,
             docs_url=None,
             redoc_url=None,
+            redirect_slashes=False,
         )
         self.operations = Operations(store, view, settings.limits, KINDS, self._done)
         self.routes = Routes(self.app)

@@ -70,6 +70,8 @@ class Guard:
         answer = _Answer(send)
         headers = _headers(scope)
         try:
+            if not scope["path"].isprintable():
+                raise ApiProblem("not-found", "There is nothing of that path; see GET /openapi.json.")
             if principal is None:
                 self._check_host(scope, headers, peer)
                 principal = self._known(scope, headers, peer)
@@ -223,7 +225,8 @@ def _headers(scope: Scope) -> dict[bytes, bytes]:
 
 
 def _what(scope: Scope) -> str:
-    return f"{scope['method']} {scope['path'][:200]}"
+    path = "".join(char if char.isprintable() else "?" for char in scope["path"][:200])
+    return f"{scope['method']} {path}"
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
