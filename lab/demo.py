@@ -192,9 +192,10 @@ NODE_WATCHED = {"op-dbus-api": ("eth0",)}
 """On 9573 there is the API itself, which does not tell who came."""
 STORY = (
     "uid:0 from 127.0.0.1: POST /api/containers/create",
-    "uid:0 from 127.0.0.1: POST /api/grants",
+    "uid:0 from 127.0.0.1: POST /api/grants:",
     "token:auditor from 127.0.0.1: POST /api/grants/1/approve",
     "uid:0 from 127.0.0.1: POST /api/grants/1/revoke",
+    "uid:0 from 127.0.0.1: DELETE /api/containers/tor-relay",
 )
 HEALTH = {
     "source": "202", "target": "102", "protocol": "tcp", "port": 8080, "reason": "is the relay well?", "duration_s": 600,
@@ -342,6 +343,14 @@ NODE_EXAMPLES = (
     Example(
         "monitoring to xray, revoked",
         "monitoring", Try("tcp", "10.0.0.102", 8080), Expected.REFUSED, "xray",
+    ),
+    Example(
+        "root deletes tor-relay",
+        "host", Try("tcp", LOOPBACK, 9573), Expected.OK, "", ask=Ask("DELETE", "/api/containers/tor-relay"),
+    ),
+    Example(
+        "xray to tor-relay, deleted",
+        "xray", Try("tcp", "tor-relay", 9001), Expected.NO_NAME, "tor-relay",
     ),
     Example(
         "who has done all this, told as it happened",
