@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -135,7 +136,7 @@ class World:
         # Each host's tools look for sockets in one place: names of interfaces are told apart by the host's.
         name = interface if host == "droplet" else f"{host}-{interface}"
         self._spawn(f"wireguard {name}", place, ["wireguard-go", "-f", name])
-        self._until(lambda: Path(f"/var/run/wireguard/{name}.sock").exists(), f"WireGuard of {host}")
+        self._until(lambda: _listens(f"/var/run/wireguard/{name}.sock"), f"WireGuard of {host}")
         place.run("wg", "setconf", name, "/dev/stdin", stdin=config)
 
     def _outside(self) -> None:
@@ -351,6 +352,12 @@ class World:
 
     def stop(self) -> None:
         """Nothing to do: with the first process everything goes."""
+
+
+def _listens(path: str) -> bool:
+    """Whether anybody answers on a unix socket. It is there a moment before, and until then `wg` asks the kernel."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        return sock.connect_ex(path) == 0
 
 
 def _host(name: str, kind: str, network: str, port: str, address: str, *aliases: str, **more: Any) -> dict[str, Any]:
