@@ -75,7 +75,7 @@ class Source:
             refused += guilty.items()
             found = [(name, spec) for name, spec in found if name not in guilty]
         ordered = tuple(sorted((*self.problems, *problems), key=_place))
-        granted, strays = _grants(records, state, now)
+        granted, strays = _grants(records, node, state, now)
         state = replace(state, grants=tuple(Grant(g.id, g.source, g.target, g.protocol, g.port) for g in granted))
         there = frozenset((*(name for name, _ in found), *map(stored.key, granted)))
         until = min((grant.expires_at for grant in granted), default=None)
@@ -144,18 +144,19 @@ def _overlay(
     return found, refused
 
 
-def _grants(records: Records, state: DesiredState, now: float) -> tuple[list[GrantRecord], list[tuple[str, Problem]]]:
-    """The grants that are open here now, and those that cannot be."""
+def _grants(
+    records: Records, node: str, state: DesiredState, now: float
+) -> tuple[list[GrantRecord], list[tuple[str, Problem]]]:
+    """The grants of a node that are open now, and those that cannot be."""
     network_of = {member.id: network.name for network in state.networks for member in network.members}
     good: list[GrantRecord] = []
     refused = []
     for grant in records.grants:
-        ends = [end for end in (grant.source, grant.target) if end in network_of]
-        if not grant.open_at(now) or not ends:
+        missing = next((end for end in (grant.source, grant.target) if end not in network_of), None)
+        if not grant.open_at(now) or grant.node != node:
             continue
         name = stored.key(grant)
-        if len(ends) == 1:
-            missing = grant.target if ends[0] == grant.source else grant.source
+        if missing is not None:
             fix = "A grant joins two containers of one node; revoke it, or move the container."
             refused.append((name, error("stray-grant", name, f"container {missing}", "a container of this node", fix)))
         elif network_of[grant.source] == network_of[grant.target]:

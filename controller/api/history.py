@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import Header, Query
+from fastapi import Header, Query, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -300,11 +300,11 @@ class Reader:
 
 
 class Stream(Response):
-    """Server-sent events until the reader goes away, or takes nothing for too long."""
+    """Server-sent events until the reader goes away, takes nothing for too long, or `still` says that they may no more."""
 
-    def __init__(self, logs: Logs, place: Place, wanted: Filter) -> None:
+    def __init__(self, logs: Logs, place: Place, wanted: Filter, still: Callable[[], bool]) -> None:
         super().__init__(media_type="text/event-stream")
-        self._logs, self._place, self._wanted = logs, place, wanted
+        self._logs, self._place, self._wanted, self._still = logs, place, wanted, still
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the head, and then what happens."""
@@ -322,6 +322,8 @@ class Stream(Response):
                 if not sending.done():
                     sending.cancel()
                     return
+            if not gone.done():
+                await send({"type": "http.response.body", "body": b""})
         finally:
             gone.cancel()
             reader.close()
@@ -329,7 +331,7 @@ class Stream(Response):
 
     async def _bodies(self, reader: Reader, gone: asyncio.Future[None]) -> AsyncIterator[bytes]:
         beat = time.monotonic()
-        while not gone.done():
+        while not gone.done() and self._still():
             body, more = reader.batch()
             if body:
                 beat = time.monotonic()
@@ -400,6 +402,7 @@ def routes(api: Context) -> None:
         tag="events",
     )
     async def stream_events(
+        request: Request,
         kind: Kinds = None,
         network: NetworkNames = None,
         container: ContainerNames = None,
@@ -417,7 +420,7 @@ def routes(api: Context) -> None:
         if logs.readers >= settings.limits.streams:
             detail = f"{logs.readers} readers follow the events already. Try again later, or ask for the history."
             raise ApiProblem("too-many-requests", detail, headers={"Retry-After": "10"})
-        return Stream(logs, place, wanted)
+        return Stream(logs, place, wanted, request.state.still)
 
 
 def _filter(

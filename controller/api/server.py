@@ -9,6 +9,7 @@ import asyncio
 import grp
 import logging
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -46,14 +47,16 @@ HANDSHAKE_S = 10.0
 LOOK_S = 0.25
 """So often the state file is looked at, and everything else every ROUNDS times."""
 ROUNDS = 4
+_ESTABLISHED = 1
 
 
 class Connection(HttpToolsProtocol):
-    """One connection. `config` has the app; the rest is per server."""
+    """One connection. `config` has the app; the rest is per server. `strangers` are those of callers without a name."""
 
-    def __init__(self, config: uvicorn.Config, state: ServerState, limits: Limits) -> None:
+    def __init__(self, config: uvicorn.Config, state: ServerState, limits: Limits, strangers: set[Connection]) -> None:
         super().__init__(config=config, server_state=state, app_state={})
         self._limits = limits
+        self._strangers = strangers
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._in_head = False
@@ -62,17 +65,24 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """Find out who it is, once: what the kernel knows of a socket ends with it."""
         super().connection_made(transport)
-        if len(self.connections) > self._limits.connections:
+        peer = peer_of(transport)
+        if peer.principal() is None:
+            self._strangers.add(self)
+            many = len(self._strangers)
+        else:  # whom the kernel knows has room of their own: nobody else can shut them out
+            many = len(self.connections) - len(self._strangers)
+        if many > self._limits.connections:
             self._refuse(
                 ApiProblem("unavailable", "Too many connections. Try again later.", headers={"Retry-After": "1"})
             )
             return
-        self.app_state = {"peer": peer_of(transport)}
+        self.app_state = {"peer": peer}
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the timer."""
         self._forget_head()
+        self._strangers.discard(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -159,7 +169,9 @@ def peer_of(transport: Any) -> Peer:
         return Peer("?")
     if transport.get_extra_info("sslcontext") is not None:
         return Peer(theirs[0])
-    return access.peer_of_tcp(theirs[:2], ours[:2])
+    peer = access.peer_of_tcp(theirs[:2], ours[:2])
+    # One that was reset may have left its port to somebody else, whom the kernel's tables name now.
+    return peer if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _ESTABLISHED else Peer(theirs[0])
 
 
 class Server:
@@ -178,6 +190,7 @@ class Server:
         self._config.load()
         self._state = ServerState()
         self._limits = limits
+        self._strangers: set[Connection] = set()
         self._servers: list[asyncio.Server] = []
         self.tick()
 
@@ -212,7 +225,7 @@ class Server:
             connection.transport.abort()
 
     def _connection(self) -> Connection:
-        return Connection(self._config, self._state, self._limits)
+        return Connection(self._config, self._state, self._limits, self._strangers)
 
 
 # ------------------------------------------------------------------------------------------------------------- sockets
@@ -338,6 +351,10 @@ def _soon(loop: asyncio.AbstractEventLoop, function: Any, *args: Any) -> None:
 def serve(settings: Settings) -> None:
     """Run the API. Raises `BulkheadError` where it cannot start."""
     import uvloop
+
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # strangers' bad requests are no news of ours
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
     async def main() -> None:
         await Process(settings).run()
