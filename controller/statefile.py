@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from controller import records as stored
 from controller import statederive, stateschema, statetext
-from controller.hostmodel import HostState
+from controller.hostmodel import Container, HostState
 from controller.model import DesiredState, Grant
 from controller.problems import InvalidInput, Problem, Severity, error
 from controller.records import ContainerRecord, GrantRecord, Records
@@ -80,6 +80,7 @@ class Source:
         there = frozenset((*(name for name, _ in found), *map(stored.key, granted)))
         until = min((grant.expires_at for grant in granted), default=None)
         whole = replace(state, digest=digest(state))
+        host = replace(host, containers=tuple(_confined(one, there) for one in host.containers))
         return Loaded(whole, ordered, host, (*refused, *strays), there, until)
 
 
@@ -108,6 +109,11 @@ def _source(text: str, source: str) -> Source:
     if any(problem.severity is Severity.ERROR for problem in everything):
         raise InvalidInput(source, everything)
     return Source(source, checked, tuple(problems), state)
+
+
+def _confined(container: Container, there: frozenset[str]) -> Container:
+    """Who may make containers by the API is not root for that; whoever writes the file is."""
+    return replace(container, confined=f"container/{container.id}" in there)
 
 
 def _overlay(
