@@ -118,7 +118,8 @@ class Container:
     """How a member of a network is run. `id` is the member's.
 
     `command` is the program of a `netns` container, restarted when it ends; `template` or `rootfs` make a `lxc` one.
-    Containers start in rising `order`, then by id. `dns` are its resolvers.
+    Containers start in rising `order`, then by id. `dns` are its resolvers. A `confined` one was not declared by root: its
+    program has no rights on the host.
     """
 
     id: str
@@ -129,6 +130,7 @@ class Container:
     rootfs: Path | None = None
     order: int = 0
     dns: tuple[Ipv4, ...] = ()
+    confined: bool = False
 
 
 @dataclass(frozen=True, slots=True)

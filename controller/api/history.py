@@ -14,7 +14,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -301,11 +301,11 @@ class Reader:
 
 
 class Stream(Response):
-    """Server-sent events until the reader goes away, or takes nothing for too long."""
+    """Server-sent events until the reader goes away, takes nothing for too long, or `still` says that they may no more."""
 
-    def __init__(self, logs: Logs, who: str, place: Place, wanted: Filter) -> None:
+    def __init__(self, logs: Logs, who: str, place: Place, wanted: Filter, still: Callable[[], bool]) -> None:
         super().__init__(media_type="text/event-stream")
-        self._logs, self._who, self._place, self._wanted = logs, who, place, wanted
+        self._logs, self._who, self._place, self._wanted, self._still = logs, who, place, wanted, still
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the head, and then what happens."""
@@ -323,6 +323,8 @@ class Stream(Response):
                 if not sending.done():
                     sending.cancel()
                     return
+            if not gone.done():
+                await send({"type": "http.response.body", "body": b""})
         finally:
             gone.cancel()
             reader.close()
@@ -330,7 +332,7 @@ class Stream(Response):
 
     async def _bodies(self, reader: Reader, gone: asyncio.Future[None]) -> AsyncIterator[bytes]:
         beat = time.monotonic()
-        while not gone.done():
+        while not gone.done() and self._still():
             body, more = reader.batch()
             if body:
                 beat = time.monotonic()
@@ -422,7 +424,7 @@ def routes(api: Context) -> None:
                 f"{logs.readers.total()} readers follow the events already. Try again later, or ask for the history."
             )
             raise ApiProblem("too-many-requests", detail, headers={"Retry-After": "10"})
-        return Stream(logs, who, place, wanted)
+        return Stream(logs, who, place, wanted, request.state.still)
 
 
 def _filter(

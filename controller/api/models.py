@@ -16,7 +16,7 @@ Protocol = Literal["tcp", "udp", "sctp"]
 
 
 def _printable(text: str) -> str:
-    if not text.isprintable():
+    if not text.isprintable() or not text.strip():
         raise ValueError("one line of printable characters is expected")
     return text
 
@@ -266,6 +266,7 @@ class Grant(_Out):
     decided_by: str
     decided_at: Time | None
     expires_at: Time | None
+    node: str
     revision: int
     realized: bool
     why: str
