@@ -24,7 +24,7 @@ def _printable(text: str) -> str:
 def _check(text: str) -> str:
     if text and text != "tcp" and not (text.startswith("http:/") and " " not in text):
         raise ValueError("expected tcp, or http:/PATH")
-    return _printable(text)
+    return _printable(text) if text else text
 
 
 LABEL = r"^[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?$"

@@ -83,7 +83,7 @@ _RECORDS = st.builds(
 )
 
 
-@given(st.lists(_RECORDS, max_size=6))
+@given(st.lists(_RECORDS, max_size=6, unique_by=lambda record: record.id))
 def test_whatever_is_stored_the_declared_ones_stay_as_they_are(records: list[ContainerRecord]) -> None:
     base, source = load(FILE), read(FILE)
     loaded = source.with_records(Records(1, tuple(records)), "n1")
