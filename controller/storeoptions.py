@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from controller.problems import BulkheadError
+from controller.terminal import reporting
 
 if TYPE_CHECKING:
     from controller.store import Tls
@@ -56,6 +57,11 @@ def store_options(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def wrapped(*args: Any, store: str, node: str, **kwargs: Any) -> None:
+        with reporting():
+            given = options_of(store, node, kwargs)
+        function(*args, store=given, **kwargs)
+
+    def options_of(store: str, node: str, kwargs: dict[str, Any]) -> StoreOptions:
         files = [kwargs.pop(name.replace("-", "_")) for name in _FILES]
         if any(files) and not all(files):
             raise BulkheadError("--store-private-key, --store-certificate and --store-ca go together; give all three")
@@ -65,8 +71,7 @@ def store_options(function: Callable[..., None]) -> Callable[..., None]:
                 raise BulkheadError(f"--store: {address!r}; expected unix:PATH, tcp:HOST:PORT or ssl:HOST:PORT")
             if address.startswith("ssl:") and not all(files):
                 raise BulkheadError(f"--store: {address} needs --store-private-key, --store-certificate and --store-ca")
-        given = StoreOptions(node, addresses, tuple(files) if all(files) else ())
-        function(*args, store=given, **kwargs)
+        return StoreOptions(node, addresses, tuple(files) if all(files) else ())
 
     options = [
         click.option(
