@@ -192,8 +192,9 @@ def _grants(state: DesiredState, opened: tuple[Opening, ...], parts: Parts) -> l
 
     once = parts.made.once
     return [
-        *once(("connections", opened, tuple(kept_in.items()), parts.datapath), connections),
+        # What no grant needs is taken away first: it is shut then, though the controller hang that has to take the flows away.
         *once(("passages", needed, tuple(kept_in)), lambda: [Passages(parts.ovsdb, needed, tuple(kept_in))]),
+        *once(("connections", opened, tuple(kept_in.items()), parts.datapath), connections),
     ]
 
 

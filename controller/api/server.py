@@ -280,7 +280,12 @@ class Process:
         """Until SIGTERM or SIGINT. Raises `BulkheadError` where it cannot start."""
         settings = self._settings
         os.umask(0o077)
-        settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as exc:
+            raise BulkheadError(
+                f"cannot make the directory {settings.state_dir}: {exc.strerror}; name another with --state-dir"
+            ) from exc
         audit = Audit(settings.events)
         store = Store(settings.remotes, Tls(*settings.store_tls) if settings.store_tls else None, lock=True)
         try:

@@ -16,7 +16,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.api.stand import EXAMPLE, Stand, stand, until
+from tests.api.stand import EXAMPLE, ROOT, Stand, stand, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to ask as other users")
 
@@ -201,3 +201,28 @@ def test_a_port_that_was_left_to_root_is_not_roots_request(tmp_path: Path) -> No
         finally:
             os.kill(api.process.pid, signal.SIGCONT)
         assert asked(api, "GET", "/api/containers/stolen").status_code == 404
+
+
+@pytest.mark.parametrize("words", [("--store", "nonsense"), ("--store", "ssl:1.2.3.4:5"), ("--state-dir", "/proc/x")])
+def test_what_is_wrong_with_options_is_said_in_a_line(tmp_path: Path, words: tuple[str, ...]) -> None:
+    given = dict(zip(("--run-dir", "--state-dir"), (str(tmp_path), str(tmp_path / "state")), strict=True))
+    given[words[0]] = words[1]
+    command = [sys.executable, "-c", "from controller.cli import main; main()", "api", str(EXAMPLE)]
+    done = subprocess.run(
+        [*command, *(word for pair in given.items() for word in pair)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert done.stderr.startswith("bulkhead: ") and words[1] in done.stderr
+
+
+def test_a_cursor_of_a_log_that_is_no_more_misses_nothing(api: Stand) -> None:
+    """The logs were begun anew, and number from one: a reader of the old ones would wait for ever, and not be told."""
+    with api.client() as client:
+        client.delete("/api/containers/nosuch-before")
+        old = {"after": "c900.a900.p99999"}
+        assert "nosuch-before" in client.get("/api/events", params=old | {"limit": 1000}).text
+        ends = client.get("/api/events").json()["next"]
+        assert client.get("/api/events", params={"after": ends}).json()["events"] == []
+        with client.stream("GET", "/api/events/stream", params=old) as stream:
+            assert any("nosuch-before" in line for line in stream.iter_lines())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from .test_agent_attacks import rich
-from .test_api_grants import XRAY, GrantHost
+from .test_api_grants import BODY, MONITORING, XRAY, GrantHost
 
 TRY = """
 import os, json, socket, subprocess
@@ -63,3 +64,25 @@ def test_who_makes_containers_is_not_root_for_that(host: GrantHost) -> None:
         said = json.loads(log.read_text().splitlines()[0])
         assert said["uid"] > 1 << 29 and not said["shadow"] and said["leave"] != 0 and said["link"] != 0
         assert said["store"] == [] and not [name for name in said["environment"] if "BULKHEAD" in name]
+
+
+def test_a_grant_ends_in_time_though_the_controller_hangs(host: GrantHost) -> None:
+    """The agent takes the passage away, which nothing needs any more."""
+    with host.client() as client:
+        body = {"name": "auditor", "scopes": ["approve", "read"]}
+        token = client.post("/api/tokens", json=body).raise_for_status().json()["token"]
+        host.listen(XRAY, 8080)
+        number = client.post("/api/grants", json={**BODY, "duration_s": 3}).raise_for_status().json()["id"]
+        with host.client(token) as auditor:
+            assert auditor.post(f"/api/grants/{number}/approve", json={}).status_code == 200
+        end = time.monotonic() + 3
+        assert host.asks(MONITORING, "10.0.0.102", 8080) == "hi"
+        controller = str(host.process("controller"))
+        host.machine.run("kill", "-STOP", controller)
+        try:
+            host.until(lambda: host.asks(MONITORING, "10.0.0.102", 8080) != "hi", 10, "shut")
+            assert time.monotonic() < end + 2 + 1.5  # what ASK itself may take to find out
+        finally:
+            host.machine.run("kill", "-CONT", controller)
+        host.until(lambda: client.get(f"/api/grants/{number}").json()["realized"], 10, "realized")
+        assert "zone=" not in host.ovs.appctl("dpctl/dump-conntrack")
