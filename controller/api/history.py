@@ -105,6 +105,12 @@ class Logs:
         ends = [_end(directory) for directory in self.directories]
         return ends[0], ends[1], ends[2]
 
+    def known(self, place: Place) -> Place:
+        """A place as these logs have it. One behind a log's end is of a log that was there before: all of this is new."""
+        # The head is never more than one event behind its log.
+        known = [0 if number > end + 1 else number for number, end in zip(place, self.ends(), strict=True)]
+        return known[0], known[1], known[2]
+
     async def more(self, timeout_s: float) -> bool:
         """Wait until there may be more. Answers whether there may."""
         try:
@@ -384,7 +390,7 @@ def routes(api: Context) -> None:
 
         def look() -> tuple[list[bytes], Place]:
             if after_ is not None:
-                return after(logs, parsed(after_, "after"), wanted, limit)
+                return after(logs, logs.known(parsed(after_, "after")), wanted, limit)
             if moment is not None:
                 return after(logs, since(logs, moment), wanted, limit)
             return newest(logs, wanted, limit)
@@ -416,7 +422,7 @@ def routes(api: Context) -> None:
         """
         text, field = (last_event_id, "Last-Event-ID") if last_event_id else (after_, "after")
         wanted = _filter(kind, network, container, None)
-        place = parsed(text, field) if text else await asyncio.to_thread(logs.ends)
+        place = await asyncio.to_thread(logs.known, parsed(text, field)) if text else await asyncio.to_thread(logs.ends)
         if logs.readers >= settings.limits.streams:
             detail = f"{logs.readers} readers follow the events already. Try again later, or ask for the history."
             raise ApiProblem("too-many-requests", detail, headers={"Retry-After": "10"})

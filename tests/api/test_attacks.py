@@ -214,3 +214,15 @@ def test_what_is_wrong_with_options_is_said_in_a_line(tmp_path: Path, words: tup
     )  # fmt: skip
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert done.stderr.startswith("bulkhead: ") and words[1] in done.stderr
+
+
+def test_a_cursor_of_a_log_that_is_no_more_misses_nothing(api: Stand) -> None:
+    """The logs were begun anew, and number from one: a reader of the old ones would wait for ever, and not be told."""
+    with api.client() as client:
+        client.delete("/api/containers/nosuch-before")
+        old = {"after": "c900.a900.p99999"}
+        assert "nosuch-before" in client.get("/api/events", params=old | {"limit": 1000}).text
+        ends = client.get("/api/events").json()["next"]
+        assert client.get("/api/events", params={"after": ends}).json()["events"] == []
+        with client.stream("GET", "/api/events/stream", params=old) as stream:
+            assert any("nosuch-before" in line for line in stream.iter_lines())
