@@ -192,9 +192,3 @@ def memory(api: Stand) -> int:
     assert api.process is not None
     text = Path(f"/proc/{api.process.pid}/status").read_text()
     return int(text.split("VmRSS:")[1].split()[0])
-
-
-def test_a_cursor_of_the_future_shows_nothing(api: Stand) -> None:
-    assert get(api, after="c999999.a999999.p999999")["events"] == []
-    with api.client() as client, pytest.raises(httpx.ReadTimeout):
-        client.get("/api/events/stream", headers={"Last-Event-ID": "c999999.a9.p9999"}, timeout=0.3)
