@@ -185,6 +185,11 @@ class Pki:
             self._settle(state)
             return made
 
+    def mend(self) -> None:
+        """Complete what an interrupted command left, and write lists of revocations anew that are a day old."""
+        with self._changing():
+            pass
+
     def issue(
         self,
         name: str,
@@ -222,8 +227,7 @@ class Pki:
         state = self.state
         here = [one.name for one in state.identities if not one.remote and one.name in names]
         done = [self.renew(name) for name in here]
-        with self._changing():
-            pass  # which writes revocations anew
+        self.mend()
         self.alarm()
         return done
 
@@ -414,16 +418,18 @@ class Pki:
             self._publish(state)
             return self._follow(state)
         if state.phase is Phase.PREPARED:
-            state = self._follow(state)
-            if self.behind(state):
-                raise BulkheadError(self.next_step(state))
+            if self.behind(state):  # the step before was interrupted, or waits for requests of other machines
+                state = self._follow(state)
+                if self.behind(state):
+                    raise BulkheadError(self.next_step(state))
+                return state
             state = state.with_roles({Role.NEXT: None})
             self._save(state)
             self._publish(state)
             self._clear(state)
             return state
         if not state.of_role(Role.RETIRED):
-            raise BulkheadError("there is no other CA to go back to")
+            return state
         state = state.with_roles({Role.RETIRED: Role.OLD})
         self._save(state)
         self._publish(state)
