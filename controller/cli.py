@@ -36,6 +36,7 @@ from controller.hostcli import verify as verify_host
 from controller.mcpcli import mcp
 from controller.model import BridgeKind, DesiredState
 from controller.pipeline import table_name
+from controller.pkicli import pki
 from controller.problems import BulkheadError
 from controller.proofcli import COMMANDS as PROOF_COMMANDS
 from controller.statefile import load
@@ -73,6 +74,7 @@ main.add_command(verify_host)
 main.add_command(firewall)
 main.add_command(vpn)
 main.add_command(store)
+main.add_command(pki)
 main.add_command(apicli.api)
 main.add_command(completion)
 for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS, *CONTAINER_COMMANDS, grant, token, mcp):

@@ -60,9 +60,7 @@ CHANGES: dict[str, tuple[Change, Change]] = {
 
 def wanted(pki: Pki, phase: str) -> None:
     """Go back, or complete that, until the replacement is in a phase: to go back again would go further back."""
-    if pki.state.phase != phase:
-        pki.rotate_ca("back", settle_s=0)
-    elif pki.behind(pki.state) and phase == "prepared":
+    if pki.state.phase != phase or (pki.behind(pki.state) and phase == "prepared"):
         pki.rotate_ca("back", settle_s=0)
     else:
         pki.mend()
@@ -134,7 +132,11 @@ def test_killed_at_every_step(case: tuple[str, Path], tmp_path: Path) -> None:
         assert not pki.behind(pki.state) or name.startswith("prepare")
         assert not list(directory.rglob(".*.new"))
         assert {path.name for path in (directory / "ca").iterdir()} == {one.id for one in pki.state.authorities}
-        assert not [path for path in directory.rglob("*") if path.is_file() and path.stat().st_mode & 0o077 and "events" not in str(path)]
+        assert not [
+            path
+            for path in directory.rglob("*")
+            if path.is_file() and path.stat().st_mode & 0o077 and "events" not in str(path)
+        ]
         if name == "revoke":
             with pytest.raises(BulkheadError, match="revoked"):
                 works(directory, "caller")

@@ -238,14 +238,16 @@ class Pki:
             self._known(state, name)
             self.holder.back(name)
 
-    def sign(self, request: bytes, granted: Identity | None = None) -> bytes:
+    def sign(self, request: bytes, granted: Identity | None = None, *, name: str | None = None) -> bytes:
         """Sign what a machine asks for with a key of its own; the bundle to send back.
 
         A name that is not known yet needs `granted`: what may be in its certificate is said here, not there.
         """
         found, key = making.read_request(request, "the request")
-        name = making.name_of(found)
+        asked, name = name, making.name_of(found)
         check_name(name)
+        if asked not in (None, name):
+            raise BulkheadError(f"the request is of {name}, not {asked}; ask who has sent it")
         with self._changing() as state:
             identity = granted or state.identity(name)
             if identity is None:

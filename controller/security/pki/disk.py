@@ -142,23 +142,26 @@ def read(path: Path) -> bytes | None:
 @contextmanager
 def locked(directory: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
     """Be the only one to change a directory. Raises `BulkheadError` if another one stays at it."""
+    deadline = time.monotonic() + patience_s
+    while (lock := _taken(directory)) is None:
+        if time.monotonic() > deadline:
+            raise BulkheadError(f"another command changes {directory}; wait for it to end, then try again")
+        time.sleep(0.02)
     try:
-        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as exc:
-        raise BulkheadError(f"{directory} cannot be used: {exc.strerror}; run: bulkhead pki init") from exc
-    try:
-        deadline = time.monotonic() + patience_s
-        while not _taken(lock):
-            if time.monotonic() > deadline:
-                raise BulkheadError(f"another command changes {directory}; wait for it to end, then try again")
-            time.sleep(0.02)
         yield
     finally:
         os.close(lock)
 
 
-def _taken(lock: int) -> bool:
-    with contextlib.suppress(BlockingIOError):
+def _taken(directory: Path) -> int | None:
+    """The lock, which is on the directory itself; None if another one has it or the directory was exchanged meanwhile."""
+    try:
+        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise BulkheadError(f"{directory} cannot be used: {exc.strerror}; run: bulkhead pki init NAME") from exc
+    with contextlib.suppress(BlockingIOError, FileNotFoundError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
+        if os.path.samestat(os.fstat(lock), directory.stat()):
+            return lock
+    os.close(lock)
+    return None
