@@ -6,6 +6,8 @@ import asyncio
 import os
 import shutil
 import ssl
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +15,9 @@ import pytest
 
 from controller.security.pki import Pki
 from controller.store import Store, Tls
+from tests.api.stand import stand
+from tests.e2e.apart import apart
+from tests.e2e.test_sockets import ADDRESS, container, serving
 from tests.fakes.stores import Server, wait_for
 from tests.store.test_store_cluster import free_ports
 
@@ -97,54 +102,37 @@ def test_switches_connect_with_it_and_not_when_they_are_revoked(pki: Pki) -> Non
         wait_for(lambda: len(node.controller.events("switch_up")) > before, 10)
 
 
-def test_the_api_takes_up_a_renewed_certificate(pki: Pki, tmp_path: Path) -> None:
-    """Its listener, on a socket of this process: connections stay, new ones see the new certificate."""
-    import socket
-    from types import SimpleNamespace
-
-    from controller.api import listener
-    from controller.api_socket import Listening
-
-    sock = socket.create_server(("127.0.0.1", 0))
-    offers = [Listening(sock, "ns:1", "127.0.0.1", sock.getsockname()[1]), None, None]
-    key, certificate, _ = pair(pki, "node1")
-    state = SimpleNamespace(networks=[SimpleNamespace(subnet=["127.0.0.1"], egress=None, members=[], name="n")])
-    host = SimpleNamespace(api=SimpleNamespace(container_id=1, address="127.0.0.1", port=offers[0].port), zones=[])
-    settings = SimpleNamespace(run_dir=tmp_path, certificate=certificate, private_key=key)
-    view = SimpleNamespace(declared=SimpleNamespace(state=state, host=host))
-
-    async def scenario() -> None:
-        async def opened(found: Listening, tls: ssl.SSLContext, _names: frozenset[str]) -> object:
-            server = await asyncio.start_server(_echo, sock=found.sock, ssl=tls)
-            return server.close
-
-        found = listener.Listener(settings, view, opened)  # type: ignore[arg-type]
-        await found.look()
-        assert found.why == ""
-        context = ssl.create_default_context(cafile=pki.holder.ca)
-        reader, writer = await asyncio.open_connection("127.0.0.1", offers_port, ssl=context)
-        first = writer.get_extra_info("ssl_object").getpeercert()["serialNumber"]
-        await asyncio.to_thread(pki.renew, "node1")
-        await found.look()
-        assert found.why == ""
-        _, other = await asyncio.open_connection("127.0.0.1", offers_port, ssl=context)
-        assert other.get_extra_info("ssl_object").getpeercert()["serialNumber"] != first
-        writer.write(b"still\n")
-        assert await reader.readline() == b"still\n"
-        for each in (writer, other):
-            each.close()
-        found.close()
-
-    offers_port = offers[0].port
-    before = listener.listening_socket
-    listener.listening_socket = lambda *_: offers.pop(0)  # type: ignore[assignment]
-    try:
-        asyncio.run(scenario())
-    finally:
-        listener.listening_socket = before
+SERIAL = """
+import ssl, socket, sys
+context = ssl.create_default_context(cafile=sys.argv[1])
+with context.wrap_socket(socket.create_connection((sys.argv[2], 9573), 3), server_hostname=sys.argv[2]) as found:
+    print(found.getpeercert()["serialNumber"])
+"""
 
 
-async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while line := await reader.readline():
-        writer.write(line)
-    writer.close()
+@apart
+async def test_the_api_takes_up_a_renewed_certificate(directory: Path) -> None:
+    """Real processes: an agent's sockets, the API behind them, somebody in the container's namespace."""
+    container()
+    pki = Pki(directory / "pki")
+    pki.init("home")
+    pki.issue("api1", "server", [ADDRESS], ["op-dbus-api"])
+    async with serving(directory):
+        await asyncio.to_thread(_with_api, directory, pki)
+
+
+def _with_api(directory: Path, pki: Pki) -> None:
+    key, certificate, ca = map(str, pair(pki, "api1"))
+
+    def serial() -> str:
+        command = ["ip", "netns", "exec", "bulkhead-201", sys.executable, "-c", SERIAL, ca, ADDRESS]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    with stand(directory, "--certificate", certificate, "--private-key", key):
+        wait_for(serial, 20)
+        first = serial()
+        pki.renew("api1")
+        wait_for(lambda: serial() not in ("", first), 10)
+        for step in ("prepare", "switch", "finish"):
+            pki.rotate_ca(step, settle_s=0)
+        wait_for(serial, 10)
