@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pwd
 import stat
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import Any
 import click
 
 from controller.problems import BulkheadError
-from controller.security.pki import archive, making, report
+from controller.security.pki import archive, delivery, making, report
 from controller.security.pki.authority import SETTLE_S, Issued, Move, Pki
 from controller.security.pki.disk import Disk
 from controller.security.pki.holder import Holder
@@ -404,6 +403,7 @@ def accept(file: Path, new_ca: bool, security_dir: Path, as_json: bool) -> None:
 @click.option("--trust", is_flag=True, help="Trust and revocations only; they hold no secret.")
 @click.option("--to", type=_path, help="A directory for the programs that use NAME, ready to use.")
 @click.option("--owner", help="The user that directory is for.")
+@click.option("--forget", type=_path, help="Keep that directory up to date no more.")
 @click.option("--with-key", is_flag=True, help="With NAME's private key. The CA's key is never in it.")
 @click.option("-o", "--output", type=_path, help="Write it there, mode 600, and not to standard output.")
 @security_dir_option
@@ -414,6 +414,7 @@ def export(
     trust: bool,
     to: Path | None,
     owner: str | None,
+    forget: Path | None,
     with_key: bool,
     output: Path | None,
     security_dir: Path,
@@ -421,18 +422,22 @@ def export(
 ) -> None:
     """What a server called NAME needs: to be accepted on its machine, or as a directory for another user of this one.
 
-    Repeat it after changes: what is there is brought up to date, and nothing else.
+    With --to the directory is kept up to date by every command from then on: renewed, with new revocations.
     """
+    found = _pki(security_dir, passphrase)
+    if forget is not None:
+        found.forget_export(forget.absolute())
+        click.echo(f"{forget} is left as it is")
+        return
     if trust == (name is not None):
         raise BulkheadError("say what: a NAME, or --trust")
-    found = _pki(security_dir, passphrase)
-    if to is None:
-        if with_key and output is None and sys.stdout.isatty():
-            raise BulkheadError("a private key is not shown on a terminal; give --output FILE")
-        _write(output, found.bundle(name, key=with_key))
+    if to is not None and name is not None:
+        found.export(name, to.absolute(), delivery.find_user(owner).pw_uid if owner else None)
+        click.echo(f"{to} is up to date, and is kept so")
         return
-    Holder(to.absolute(), Disk(owner=_owner(owner))).accept(found.bundle(name, key=name is not None), new_ca=True)
-    click.echo(f"{to} is up to date")
+    if with_key and output is None and sys.stdout.isatty():
+        raise BulkheadError("a private key is not shown on a terminal; give --output FILE")
+    _write(output, found.bundle(name, key=with_key))
 
 
 @pki.command()
@@ -467,16 +472,6 @@ def restore(
     except BulkheadError as exc:
         say(f"bulkhead: revocations are not written anew yet: {exc}")
         sys.exit(UNKNOWN)
-
-
-def _owner(name: str | None) -> tuple[int, int] | None:
-    if name is None:
-        return None
-    try:
-        found = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
-    except KeyError:
-        raise BulkheadError(f"there is no user {name}; make one: useradd --system --no-create-home {name}") from None
-    return found.pw_uid, found.pw_gid
 
 
 def _read(file: Path) -> bytes:

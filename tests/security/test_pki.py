@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime as dt
 import json
 import os
+import shutil
 import ssl
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from controller.cli import main
 from controller.eventread import read
 from controller.problems import BulkheadError
 from controller.security import tls
-from controller.security.pki import Holder, Pki, archive, making, report
+from controller.security.pki import Holder, Pki, archive, delivery, making, report
 from controller.security.pki.identity import Identity
 from controller.security.pki.state import Phase
 from controller.security.pki.trial import shake
@@ -405,6 +407,42 @@ def test_two_at_once_both_succeed(pki: Pki) -> None:
 def test_names_that_cannot_be(pki: Pki, name: str) -> None:
     with pytest.raises(BulkheadError, match="cannot be a name"):
         pki.issue(name, "client")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_directory_for_another_user_is_kept_up_to_date(pki: Pki) -> None:
+    """By that user: a link that leads out of it gets nobody's rights but theirs."""
+    nobody = delivery.find_user("nobody").pw_uid
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o711)
+        there = Path(place) / "router"
+        pki.export("inf1", there, nobody)
+        assert {path.lstat().st_uid for path in (there, *there.rglob("*"))} == {nobody}
+        assert not [path for path in there.rglob("*") if path.is_file() and path.stat().st_mode & 0o077]
+        follows = tls.Reloading(there, "inf1", server=True, require_client=True, clock=lambda: 0.0)
+        pki.revoke("caller")
+        assert follows.look()
+        with pytest.raises(ssl.SSLError, match="revoked"):
+            shake(follows.current, tls.client_context(pki.directory, "caller"), "inf1")
+        pki.renew("inf1")
+        for step in ("prepare", "switch", "finish"):
+            pki.rotate_ca(step, settle_s=0)
+            assert follows.look()
+            assert shake(follows.current, tls.client_context(pki.directory, "inf1"), "inf1")
+        pki.revoke("inf1")  # it still has to refuse others
+        assert Holder(there).crl.read_bytes() == pki.holder.crl.read_bytes()
+        pki.unrevoke("inf1")
+        pki.issue("inf1", "peer")
+        assert Holder(there).current("inf1") == pki.holder.current("inf1")
+        shutil.rmtree(there / "issued")
+        out = Path(place) / "outside"
+        out.mkdir(0o700)
+        (there / "issued").symlink_to(out)
+        pki.renew("inf1")
+        assert not list(out.iterdir())
+        assert [one.subject for one in pki.needs_renewal()] == [str(there)]
+        pki.forget_export(there)
+        assert pki.needs_renewal() == []
 
 
 # --- commands

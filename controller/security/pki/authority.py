@@ -21,11 +21,11 @@ from controller.eventfiles import EventLogError
 from controller.eventlog import EventLog
 from controller.events import Event, Kind
 from controller.problems import BulkheadError
-from controller.security.pki import making
+from controller.security.pki import delivery, making
 from controller.security.pki.disk import Disk, locked, read
 from controller.security.pki.holder import Holder
 from controller.security.pki.identity import DAYS, Identity, check_name
-from controller.security.pki.state import Authority, Entry, Phase, Role, State
+from controller.security.pki.state import Authority, Entry, Export, Phase, Role, State
 from controller.wgkeys import Secret
 
 LOG = logging.getLogger("bulkhead.pki")
@@ -135,6 +135,10 @@ class Pki:
             if name == state.active and state.phase is not Phase.PREPARED and now >= half:
                 fix = "replace it: bulkhead pki rotate-ca prepare"
                 found.append(Due("ca", "the CA is past half its life", fix, half, ca.not_valid_after_utc, True))
+        for export in state.exports:
+            if not delivery.up_to_date(export, self.holder):
+                fix = f"bulkhead pki renew --due, or bulkhead pki export --forget {export.directory}"
+                found.append(Due(export.directory, f"what {export.name} uses there is behind", fix, now, now, True))
         return found + lists_due(self.holder, now)
 
     def _leaf_due(self, state: State, identity: Identity, now: dt.datetime) -> Due | None:
@@ -370,12 +374,47 @@ class Pki:
             if name is None:
                 return self._trust()
             self._known(state, name)
-            link = self.holder.link(name)
-            certificate = read(link / "cert.pem")
-            if certificate is None:
-                raise BulkheadError(f"{name} has no certificate here; issue one, or sign its request")
-            private = read(link / "key.pem") or b"" if key else b""
-            return certificate + self._trust() + private
+            return self._bundle(name, key=key)
+
+    def _bundle(self, name: str, *, key: bool) -> bytes:
+        pair = self.holder.link(name)
+        certificate = read(pair / "cert.pem")
+        if certificate is None:
+            raise BulkheadError(f"{name} has no certificate here; issue one, or sign its request")
+        private = (read(pair / "key.pem") or b"") if key else b""
+        return certificate + self._trust() + private
+
+    def export(self, name: str, to: Path, owner: int | None = None) -> None:
+        """Have a directory for the programs that use a name, and keep it up to date with every change from now on.
+
+        It never has the CA's key. `owner` is the number of the user they run as.
+        """
+        with self._changing() as state:
+            self._known(state, name)
+            export = Export(str(to), name, owner)
+            delivery.deliver(export, self._bundle(name, key=True))
+            others = tuple(one for one in state.exports if one.directory != export.directory)
+            if (*others, export) != state.exports:
+                self._save(replace(state, exports=(*others, export)))
+
+    def forget_export(self, to: Path) -> None:
+        """Keep a directory up to date no more. What is in it stays."""
+        with self._changing() as state:
+            left = tuple(one for one in state.exports if one.directory != str(to))
+            if left == state.exports:
+                known = ", ".join(one.directory for one in state.exports) or "none"
+                raise BulkheadError(f"{to} is not kept up to date; these are: {known}")
+            self._save(replace(state, exports=left))
+
+    def _deliver(self, state: State) -> None:
+        """Bring every exported directory up to date. One that cannot be is told by `needs_renewal`."""
+        for export in state.exports:
+            if delivery.up_to_date(export, self.holder):
+                continue
+            try:
+                delivery.deliver(export, self._bundle(export.name, key=True))
+            except BulkheadError as exc:
+                LOG.warning("%s is not up to date: %s", export.directory, exc)
 
     # - steps of the CA's replacement
 
@@ -455,6 +494,7 @@ class Pki:
             state = self.state
             self._settle(state)
             yield state
+            self._deliver(self.state)
 
     def _settle(self, state: State) -> None:
         self._disk.sweep(self.directory)

@@ -57,6 +57,15 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Export:
+    """A directory that is kept up to date for the programs that use a name; `owner` is a user's number, None for ours."""
+
+    directory: str
+    name: str
+    owner: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class State:
     """Everything a CA knows. `revoked` has names, and since when; `alarmed` is what events were written about."""
 
@@ -66,6 +75,7 @@ class State:
     entries: tuple[Entry, ...] = ()
     revoked: Mapping[str, float] = field(default_factory=dict)
     alarmed: tuple[str, ...] = ()
+    exports: tuple[Export, ...] = ()
 
     @property
     def active(self) -> str:
@@ -145,6 +155,7 @@ class State:
                 identities=tuple(identities),
                 entries=tuple(Entry(**one) for one in found.pop("entries")),
                 alarmed=tuple(found.pop("alarmed")),
+                exports=tuple(Export(**one) for one in found.pop("exports")),
                 **found,
             )
         except (ValueError, KeyError, TypeError, AttributeError):
