@@ -76,8 +76,8 @@ def restore(
         if (now := _readable(directory)) is not None:
             disk.write(new / "state.json", merged(state, now).to_json())
         kept = directory.with_name(f"{directory.name}.before-{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S.%f}")
-        _exchange(new, directory)
-        disk.rename(new, kept)
+        disk.rename(new, kept)  # before, not after: whenever this ends, what was there is not swept away
+        _exchange(kept, directory)
     return kept
 
 
