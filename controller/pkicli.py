@@ -174,18 +174,35 @@ def issue(
 @click.argument("name", required=False)
 @click.option("--due", is_flag=True, help="Whatever is due; write revocations anew. For a timer, once an hour.")
 @click.option("--back", is_flag=True, help="Use the certificate again that NAME had before.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Every one, and revoke those before: keys may have been stolen."
+)
 @security_dir_option
 @passphrase_options
 @json_option
 @guarded
 def renew(
-    name: str | None, due: bool, back: bool, security_dir: Path, passphrase: Secret | None, as_json: bool
+    name: str | None,
+    due: bool,
+    back: bool,
+    everything: bool,
+    security_dir: Path,
+    passphrase: Secret | None,
+    as_json: bool,
 ) -> None:
     """Make a new key and certificate for NAME. The new one is tried first; the old one stays to go back to."""
     found = _pki(security_dir, passphrase)
-    if due == (name is not None) or (back and name is None):
-        raise BulkheadError("say whose: a NAME, or --due for all that are due")
-    if name is None:
+    if (name is not None) + due + everything != 1 or (back and name is None):
+        raise BulkheadError("say whose: a NAME, --due for all that are due, or --all")
+    if everything:
+        done, elsewhere = found.replace_all()
+        _tell_issued(done, as_json)
+        if elsewhere:
+            say(
+                f"bulkhead: keys on other machines are as they were: {', '.join(elsewhere)}; revoke them, or sign new requests"
+            )
+            sys.exit(NO)
+    elif name is None:
         _tell_issued(found.renew_due(), as_json)
     elif back:
         found.back(name)

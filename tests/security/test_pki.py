@@ -246,6 +246,23 @@ def test_a_thief_who_has_renewed_is_revoked_too(pki: Pki, tmp_path: Path) -> Non
         pki.sign(request)
 
 
+def test_everything_is_replaced_and_what_was_before_is_revoked(pki: Pki, tmp_path: Path) -> None:
+    there, who = Holder(tmp_path / "there"), Identity.checked("inf2", "peer")
+    there.accept(pki.sign(there.request(who), who))
+    before = tls.client_context(pki.directory, "caller")
+    done, elsewhere = pki.replace_all(settle_s=0)
+    assert [one.name for one in done] == ["caller", "inf1", "router1"] and elsewhere == ["inf2"]
+    assert met(pki, "inf1", "caller", "inf1") and met(pki, "router1", "caller", "llm.example")
+    with pytest.raises(ssl.SSLError, match="revoked"):
+        shake(tls.server_context(pki.directory, "inf1", True), before, "inf1")
+    with pytest.raises(BulkheadError, match="no earlier certificate"):
+        pki.back("caller")
+    there.accept(pki.sign(there.request(who)))
+    pki.revoke_earlier("inf2")
+    there.accept(pki.bundle(None))
+    assert shake(tls.server_context(there.directory, "inf2", True), tls.client_context(pki.directory, "caller"), "inf2")
+
+
 def test_an_open_connection_is_known_to_be_revoked(pki: Pki) -> None:
     found = tls.Revocations(pki.directory)
     serial = pki.holder.current("caller")

@@ -235,6 +235,35 @@ class Pki:
         self.alarm()
         return done
 
+    def replace_all(self, *, settle_s: float = SETTLE_S) -> tuple[list[Issued], list[str]]:
+        """Renew everything, wait until running programs use it, then revoke every certificate from before.
+
+        Answers what was issued, and names whose keys are elsewhere: revoke those, or sign new requests of theirs and then call
+        `revoke_earlier`. For when keys may have been stolen. If it is interrupted, run it again.
+        """
+        state = self.state
+        names = [one.name for one in state.identities if one.name not in state.revoked]
+        elsewhere = [one.name for one in state.identities if one.remote and one.name in names]
+        done = [self.renew(name) for name in names if name not in elsewhere]
+        time.sleep(self.unsettled_s(settle_s))
+        for one in done:
+            self.revoke_earlier(one.name)
+        return done, elsewhere
+
+    def revoke_earlier(self, name: str) -> None:
+        """Revoke every certificate of a name but the last one."""
+        with self._changing() as state:
+            self._known(state, name)
+            moved = state.with_earlier_revoked(name, self._clock().timestamp())
+            if moved == state:
+                return
+            last, used = moved.newest(name), self.in_use(name, state)
+            if used is not None and used != last:
+                raise BulkheadError(f"{name} uses an earlier certificate; renew it first: bulkhead pki renew {name}")
+            self._save(moved)
+            self._publish(moved)
+            self._tell(Kind.CERT_REVOKED, f"The certificates that {name} had before its last one are revoked.", name)
+
     def back(self, name: str) -> None:
         """Use the certificate again that a name had before."""
         with self._changing() as state:

@@ -14,7 +14,7 @@ from typing import Any, Self
 from controller.problems import BulkheadError
 from controller.security.pki.identity import Identity, Usage
 
-FORGET_S = 30 * 86400.0
+FORGET_S = 86400.0
 """Certificates that ended longer ago are not remembered."""
 
 
@@ -137,6 +137,15 @@ class State:
             replace(one, revoked_at=now) if one.name == name and one.revoked_at is None else one for one in self.entries
         ]
         return replace(self, entries=tuple(entries), revoked={name: now, **self.revoked})
+
+    def with_earlier_revoked(self, name: str, now: float) -> State:
+        """The same, with every certificate of that name revoked but the last."""
+        last = self.newest(name)
+        entries = [
+            replace(one, revoked_at=now) if one.name == name and one is not last and one.revoked_at is None else one
+            for one in self.entries
+        ]
+        return replace(self, entries=tuple(entries))
 
     def to_json(self) -> bytes:
         """The file's text."""
