@@ -63,6 +63,9 @@ class Kind(StrEnum):
     API_DENIED = "api_denied"
     SERVICE_UP = "service_up"
     SERVICE_DOWN = "service_down"
+    CLIENT_REGISTERED = "client_registered"
+    CLIENT_REVOKED = "client_revoked"
+    CLIENT_REFUSED = "client_refused"
     LOST = "lost"
     INTERNAL_ERROR = "internal_error"
 
@@ -92,6 +95,7 @@ _WARNINGS: Final = frozenset(
         Kind.TUNNEL_DOWN,
         Kind.API_DENIED,
         Kind.SERVICE_DOWN,
+        Kind.CLIENT_REFUSED,
         Kind.LOST,
     }
 )

@@ -83,7 +83,8 @@ class Setup:
     def seal(self, body: bytes = BODY, key: ClientKey | None = None, **more: object) -> Sealed:
         config = self.config()
         more = {"nonce": config.nonce, "now": self.clock.now, **more}
-        return Sealer(key or self.key, config).seal("POST", "/v1/chat?x=1", body, TYPE, **more)  # type: ignore[arg-type]
+        sealer = Sealer(key or self.key, config)
+        return sealer.seal("POST", "/v1/chat?x=1", body, TYPE, **more)  # type: ignore[arg-type]
 
     def open(self, sealed: Sealed, **more: object) -> Opened:
         request = {
@@ -328,7 +329,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Setup, 
     flips=st.lists(st.integers(0, 8 * (len(BODY) + 40)), max_size=4),
     binding=st.one_of(st.none(), st.binary(max_size=40)),
 )
-def test_nothing_but_a_refusal(  # noqa: PLR0913
+def test_nothing_but_a_refusal(
     attacked: tuple[Setup, Sealed],
     method: str,
     target: str,

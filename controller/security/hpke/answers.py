@@ -1,9 +1,9 @@
 """Sealed answers in chunks, so that a stream passes token by token and a cut is noticed. Imports suites, wire.
 
-The keys come from the HPKE context of the request (RFC 9180, section 5.3) and a random salt, in the way of RFC 9458. The
-body is the salt, then chunks: four bytes (the highest bit: this is the last; the rest: length of the text), then the
-sealed text. These four bytes are bound, and so is the chunk's number, by the nonce. The first chunk is status and content
-type in JSON. An answer without its last chunk is not whole.
+The keys come from the HPKE context of the request (RFC 9180, section 5.3) and a random salt, in the way of RFC 9458.
+The body is the salt, then chunks: four bytes (the highest bit: this is the last; the rest: length of the text), then
+the sealed text. These four bytes are bound, and so is the chunk's number, by the nonce. The first chunk is status and
+content type in JSON. An answer without its last chunk is not whole.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def read_secret(path: Path) -> str:
         mode = os.fstat(file.fileno()).st_mode & 0o777
         if mode & 0o077:
             raise BulkheadError(
-                f"{path} has mode {mode:03o} and holds a private key; chmod 600 it, and make a new key if others could read it"
+                f"{path} has mode {mode:03o} and holds a private key; chmod 600 it, or make a new one if others saw it"
             )
         return file.read(65536)
 

@@ -1,4 +1,7 @@
-"""Clients' keys as text: private ones in files of mode 600, public ones as a line to hand over. Imports files, suites, wire."""
+"""Clients' keys as text: private ones in files of mode 600, public ones as a line to hand over.
+
+Imports files, suites, wire.
+"""
 
 from __future__ import annotations
 

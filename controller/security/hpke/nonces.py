@@ -1,7 +1,8 @@
 """Nonces that the router gives out and takes back once. Imports nothing of ours.
 
-Giving one out stores nothing, so strangers cannot fill a table: a nonce carries its age and a keyed checksum over itself
-and the connection it was given to. Only nonces that an authentic request has used are remembered, until they are too old.
+Giving one out stores nothing, so strangers cannot fill a table: a nonce carries its age and a keyed checksum over
+itself and the connection it was given to. Only nonces that an authentic request has used are remembered, until they are
+too old.
 
 The key of the checksum is made when the process starts and is never written down. So what was sealed before a restart
 is refused after it, with nothing on disk: a replay cache in a file would protect nothing more, because the connections

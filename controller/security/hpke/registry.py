@@ -1,7 +1,7 @@
 """Which clients there are: a file for each, named by its id. Imports files, keys.
 
-Whoever looks a client up reads its file, if it changed, so a revocation counts from the next request on. Files stay when
-a client is revoked: its key cannot be registered again, and one can see later who it was.
+Whoever looks a client up reads its file, if it changed, so a revocation counts from the next request on. Files stay
+when a client is revoked: its key cannot be registered again, and one can see later who it was.
 """
 
 from __future__ import annotations

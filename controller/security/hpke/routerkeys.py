@@ -1,7 +1,7 @@
 """The router's own keys: one that signs what it tells, and those that requests are sealed to. Imports files, wire.
 
-A rotation makes a new key and gives the older ones an end; until then both are good. A key past its end is refused at once
-and removed from the disk by the next rotation or `prune`: only then is what was sealed to it safe from a thief.
+A rotation makes a new key and gives the older ones an end; until then both are good. A key past its end is refused at
+once and removed from the disk by the next rotation or `prune`: only then is what was sealed to it safe from a thief.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class Config:
             usable = False
         if not usable:
             raise BulkheadError(
-                "what the router told of its keys is not a configuration signed by it; see that the address is a router's"
+                "what the router told of its keys is not a configuration signed by it; is the address a router's?"
             )
         if pin is not None and identity != pin:
             raise BulkheadError(

@@ -1,7 +1,7 @@
 """Two ways to seal a message to the router so that it knows who sent it, behind one interface.
 
-`auth` is RFC 9180's mode_auth. Drafts of its successor drop that mode, so `base+ed25519` stands beside it: mode_base and
-an Ed25519 signature. Both are DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, ChaCha20-Poly1305. Imports nothing of ours.
+`auth` is RFC 9180's mode_auth. Drafts of its successor drop that mode, so `base+ed25519` stands beside it: mode_base
+and an Ed25519 signature. Both are DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, ChaCha20-Poly1305. Imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class NotAuthentic(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """A sealed message: the ephemeral public key, the ciphertext with its tag, the signature where the suite has one."""
+    """A sealed message: ephemeral public key, ciphertext with its tag, signature where the suite has one."""
 
     enc: bytes
     ciphertext: bytes
