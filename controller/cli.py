@@ -24,6 +24,7 @@ from controller.apiterm import use_api, where_options
 from controller.asking import ask
 from controller.checkcli import check
 from controller.client import Where
+from controller.clientcli import client
 from controller.compile import BridgeCompiler, Compiled, Names, planned_ports
 from controller.completioncli import completion
 from controller.containercli import COMMANDS as CONTAINER_COMMANDS
@@ -75,6 +76,7 @@ main.add_command(vpn)
 main.add_command(store)
 main.add_command(apicli.api)
 main.add_command(completion)
+main.add_command(client)
 for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS, *CONTAINER_COMMANDS, grant, token, mcp):
     main.add_command(command)
 

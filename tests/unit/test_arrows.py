@@ -45,7 +45,7 @@ RANKS = (
     ("agent",),
     ("lab",),
     ("apicli", "checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli", "storecli"),
-    ("containercli", "grantcli", "tokencli", "completioncli", "mcpcli"),
+    ("containercli", "grantcli", "tokencli", "completioncli", "mcpcli", "clientcli"),
     ("cli",),
     ("__main__",),
 )
