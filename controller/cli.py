@@ -39,6 +39,7 @@ from controller.model import BridgeKind, DesiredState
 from controller.pipeline import table_name
 from controller.problems import BulkheadError
 from controller.proofcli import COMMANDS as PROOF_COMMANDS
+from controller.routercli import COMMANDS as ROUTER_COMMANDS
 from controller.statefile import load
 from controller.storecli import store
 from controller.storeoptions import StoreOptions, store_options
@@ -77,7 +78,7 @@ main.add_command(store)
 main.add_command(apicli.api)
 main.add_command(completion)
 main.add_command(client)
-for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS, *CONTAINER_COMMANDS, grant, token, mcp):
+for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS, *CONTAINER_COMMANDS, *ROUTER_COMMANDS, grant, token, mcp):
     main.add_command(command)
 
 

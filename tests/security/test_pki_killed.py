@@ -134,7 +134,11 @@ def test_killed_at_every_step(case: tuple[str, Path], tmp_path: Path) -> None:
         assert not pki.behind(pki.state) or name.startswith("prepare")
         assert not list(directory.rglob(".*.new"))
         assert {path.name for path in (directory / "ca").iterdir()} == {one.id for one in pki.state.authorities}
-        assert not [path for path in directory.rglob("*") if path.is_file() and path.stat().st_mode & 0o077 and "events" not in str(path)]
+        assert not [
+            path
+            for path in directory.rglob("*")
+            if path.is_file() and path.stat().st_mode & 0o077 and "events" not in str(path)
+        ]
         if name == "revoke":
             with pytest.raises(BulkheadError, match="revoked"):
                 works(directory, "caller")

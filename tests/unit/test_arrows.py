@@ -45,7 +45,7 @@ RANKS = (
     ("agent",),
     ("lab",),
     ("apicli", "checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli", "storecli"),
-    ("containercli", "grantcli", "tokencli", "completioncli", "mcpcli", "clientcli"),
+    ("containercli", "grantcli", "tokencli", "completioncli", "mcpcli", "clientcli", "routercli"),
     ("cli",),
     ("__main__",),
 )

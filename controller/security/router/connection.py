@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import ssl
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 MOST_PIPELINED: Final = 16
 MOST_HEAD: Final = 64 * 1024
 _WINDOW: Final = 64 * 1024
+_NOT_UNDERSTOOD: Final = (400, 405, 417, 501, 505)
 _LINGER_S: Final = 1.0
 _LINGER_BYTES: Final = 4 * 1024 * 1024
 _SEALED_EXTRA: Final = 8192
@@ -181,7 +183,7 @@ class Client(BaseProtocol):
     def tick(self, now: float) -> None:
         """Whether time is up."""
         limits = self._worker.settings.limits
-        if now > self.deadline or (self.busy and now - self.moved_at > limits.idle_s):
+        if now >= self.deadline or (self.busy and now - self.moved_at > limits.idle_s):
             self._time_is_up()
         elif self.opened is not None and self._worker.opener is not None:
             if not self._worker.opener.active(self.opened.client):
@@ -274,8 +276,9 @@ class Client(BaseProtocol):
 
     async def _one(self, message: RawRequestMessage, payload: StreamReader) -> None:
         worker = self._worker
-        began = self.moved_at = self._loop.time()
-        self.deadline = began + worker.settings.limits.request_s
+        began = time.monotonic()  # the loop's own time has milliseconds only
+        self.moved_at = self._loop.time()
+        self.deadline = self.moved_at + worker.settings.limits.request_s
         self.closes = message.should_close or worker.draining
         self.busy = True
         worker.begin()
@@ -284,7 +287,8 @@ class Client(BaseProtocol):
         try:
             await self._answer(message, payload, done)
         except Refusal as exc:
-            if not payload.is_eof():
+            # What comes after a request that was not understood is not read as one.
+            if not payload.is_eof() or exc.status in _NOT_UNDERSTOOD:
                 self.closes = True
             done.status = exc.status
             self.write(refused(self, exc, is_head=is_head))
@@ -292,7 +296,7 @@ class Client(BaseProtocol):
             self.busy = False
             self._asked = None
             self.opened = None
-            worker.end(done, self._loop.time() - began)
+            worker.end(done, time.monotonic() - began)
 
     async def _answer(self, message: RawRequestMessage, payload: StreamReader, done: _Done) -> None:
         raw = message.raw_headers

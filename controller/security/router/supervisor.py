@@ -33,7 +33,7 @@ READY_S: Final = 30.0
 AGAIN_S: Final = 1.0
 LINGER_S: Final = 5.0
 """At a reload an idle connection is kept for so long: its next request is answered, and told that it is the last."""
-_STOP_LINGER_S: Final = 0.5
+_STOP_LINGER_S: Final = 0.2
 MESSAGE: Final = 1 << 18
 _log: Final = logging.getLogger("bulkhead.router")
 
@@ -180,6 +180,9 @@ class Supervisor:
 
     async def _end(self) -> None:
         self._stopping = True
+        for group in self._listening:
+            for each in group:
+                each.close()  # whoever comes now is refused, and need not wait
         for worker in [*self._workers.values(), *self._old]:
             self._drain(worker, _STOP_LINGER_S)
         everybody = [each.gone for each in [*self._workers.values(), *self._old]]

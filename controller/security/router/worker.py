@@ -87,6 +87,8 @@ class Worker:
     def left(self, client: Client) -> None:
         """It has ended."""
         self._clients.discard(client)
+        if self.draining and not self._clients:
+            self._stop()
 
     def begin(self) -> None:
         """A request begins."""
@@ -225,24 +227,30 @@ class Worker:
                 server.close()
         for client in list(self._clients):
             client.drain()
+        self.loop.call_later(linger_s, self._tick)
         self.loop.call_later(seconds, self._stop)
+        if not self._clients:
+            self.loop.call_soon(self._stop)
 
     def _stop(self) -> None:
         if not self._stopped.done():
             self._stopped.set_result(None)
 
+    def _tick(self) -> None:
+        now = self.loop.time()
+        for client in list(self._clients):
+            client.tick(now)
+
     async def _clock(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
+            self._tick()
             now = self.loop.time()
             for client in list(self._clients):
-                client.tick(now)
                 if self.settings.client_certificates and client.tls is not None and self._revoked.peer(client.tls):
                     client.cut("revoked")
             for server in self.upstreams.servers:
                 server.sweep(now, self._revoked if self._follows else None)
-            if self.draining and not self._clients:
-                self._stop()
 
     async def _telling(self) -> None:
         said = ""
