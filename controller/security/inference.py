@@ -8,9 +8,11 @@ ask. Never on every address. Imports problems, `controller.security.tls`, unixso
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import grp
 import ipaddress
 import json
+import logging
 import os
 import signal
 import socket
@@ -95,13 +97,14 @@ class _Server:
                 {"title": "expected a prompt, or messages with content", "status": 400}, status=400
             )
         answer = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
-        await answer.prepare(request)
-        for word in words:
-            data = json.dumps({"token": word, "at": time.time()})
-            await answer.write(f"data: {data}\n\n".encode())
-            await asyncio.sleep(self._settings.token_s)
-        await answer.write(b"data: [DONE]\n\n")
-        await answer.write_eof()
+        with contextlib.suppress(ConnectionResetError):  # whoever asked has gone
+            await answer.prepare(request)
+            for word in words:
+                data = json.dumps({"token": word, "at": time.time()})
+                await answer.write(f"data: {data}\n\n".encode())
+                await asyncio.sleep(self._settings.token_s)
+            await answer.write(b"data: [DONE]\n\n")
+            await answer.write_eof()
         return answer
 
 
@@ -114,7 +117,8 @@ def _words(asked: object) -> list[str]:
 
 async def _serve(settings: Inference, ready: Callable[[], None]) -> None:
     server = _Server(settings)
-    # Neither an access log nor a debug log: what is asked stays out of both.
+    # No access log, and no tracebacks: what is asked stays out of both.
+    logging.getLogger("aiohttp").setLevel(logging.CRITICAL + 1)
     runner = web.AppRunner(server.app(), access_log=None, keepalive_timeout=_KEEP_S, handle_signals=False)
     await runner.setup()
     listening, tls = _listening(settings)

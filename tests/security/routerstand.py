@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from controller.security.pki import Pki
-from controller.security.router import Settings, Target
+from controller.security.router import Limits, Settings, Target
 
+MANY = Limits(per_client_per_s=1e6, concurrency=10_000)
 ROOT = Path(__file__).parents[2]
 ROUTER = (
     "import sys\n"
@@ -50,6 +51,28 @@ def until(what: Callable[[], object], patience_s: float = 10.0) -> None:
         if time.monotonic() > deadline:
             raise AssertionError("it has not come true")
         time.sleep(0.01)
+
+
+def server_tls(directory: Path, name: str) -> ssl.SSLContext:
+    """What a server behind the router shows; the router must show a certificate of the same CA."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    pair = directory / "pki/current" / name
+    context.load_cert_chain(pair / "cert.pem", pair / "key.pem")
+    context.load_verify_locations(directory / "pki/ca.pem")
+    context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def ask(made: Any, method: str = "GET", target: str = "/", **more: Any) -> tuple[int, bytes]:
+    """One request and its answer."""
+    made.request(method, target, **more)
+    answer = made.getresponse()
+    return answer.status, answer.read()
+
+
+def run(*words: str, data: str = "") -> subprocess.CompletedProcess[str]:
+    """A command to its end."""
+    return subprocess.run(words, input=data, capture_output=True, text=True, timeout=20)
 
 
 def free_port() -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
@@ -28,6 +28,7 @@ _CLAIMS: Final = frozenset(
     (b"forwarded", b"via", b"x-real-ip", b"x-client-ip", b"true-client-ip", b"cf-connecting-ip", b"x-cluster-client-ip")
 )
 _CLAIMED: Final = (b"x-forwarded-", b"x-bulkhead-", b"x-original-", b"x-rewrite-", b"bulkhead-")
+_KEPT_BACK: Final = _HOP | {b"alt-svc", b"next-nonce"}
 _TARGET: Final = re.compile(r"/[!-\"$-~]*")
 _HOST: Final = re.compile(rb"[A-Za-z0-9._-]+(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?")
 _LENGTH: Final = re.compile(rb"[0-9]{1,15}")
@@ -135,21 +136,13 @@ def answered(headers: Headers) -> list[tuple[bytes, bytes]]:
     """What a client is given of a server's headers."""
     headers = list(headers)
     named = _named(headers)
-    out = []
-    for name, value in headers:
-        lower = name.lower()
-        if lower not in _HOP and lower not in named and lower not in (b"alt-svc", b"next-nonce"):
-            out.append((name, value))
-    return out
+    return [pair for pair in headers if (lower := pair[0].lower()) not in _KEPT_BACK and lower not in named]
 
 
-def _named(headers: Headers) -> set[bytes]:
+def _named(headers: Headers) -> Collection[bytes]:
     """Headers that `Connection` makes a matter of this connection alone."""
-    out: set[bytes] = set()
-    for name, value in headers:
-        if name.lower() == b"connection":
-            out.update(token.strip().lower() for token in value.split(b","))
-    return out
+    found = [value for name, value in headers if len(name) == 10 and name.lower() == b"connection"]
+    return {token.strip().lower() for value in found for token in value.split(b",")} if found else ()
 
 
 def reason(status: int) -> bytes:

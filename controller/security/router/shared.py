@@ -14,9 +14,11 @@ from typing import Final
 
 _SLOTS: Final = 1 << 15
 _PROBES: Final = 8
+_REMEMBERED: Final = 4096
 WORKERS: Final = 64
 _ENTRY: Final = struct.Struct("=Qd")
 _COUNT: Final = struct.Struct("=q")
+_COUNTS: Final = struct.Struct(f"={WORKERS}q")
 _HEAD: Final = 16 + WORKERS * _COUNT.size
 SIZE: Final = _HEAD + _SLOTS * _ENTRY.size
 
@@ -36,6 +38,7 @@ class Shared:
         self._map = mmap.mmap(fd, SIZE)
         self._key = bytes(self._map[:16])
         self._own = 16 + number * _COUNT.size
+        self._places: dict[bytes, tuple[int, int]] = {}
         self._step = 1.0 / per_s
         self._slack = max(0.0, (per_s if burst is None else burst) - 1.0) / per_s
         self.running(0)
@@ -45,14 +48,23 @@ class Shared:
 
         A client has one number: when it would have been due, had it asked evenly (the generic cell rate algorithm).
         """
-        digest = hashlib.blake2b(client, key=self._key, digest_size=16).digest()
-        tag = int.from_bytes(digest[:8], "big") or 1
-        at, due = self._find(tag, int.from_bytes(digest[8:], "big"), now)
+        tag, start = self._place(client)
+        at, due = self._find(tag, start, now)
         wait = due - self._slack - now
         if wait > 0:
             return wait
         _ENTRY.pack_into(self._map, at, tag, max(due, now) + self._step)
         return 0.0
+
+    def _place(self, client: bytes) -> tuple[int, int]:
+        found = self._places.get(client)
+        if found is None:
+            digest = hashlib.blake2b(client, key=self._key, digest_size=16).digest()
+            found = int.from_bytes(digest[:8], "big") or 1, int.from_bytes(digest[8:], "big")
+            if len(self._places) >= _REMEMBERED:
+                self._places.clear()
+            self._places[client] = found
+        return found
 
     def _find(self, tag: int, start: int, now: float) -> tuple[int, float]:
         """Where the client's entry is or goes, and when it is due."""
@@ -73,4 +85,4 @@ class Shared:
 
     def total(self) -> int:
         """How many requests all workers have."""
-        return sum(each[0] for each in _COUNT.iter_unpack(self._map[16:_HEAD]))
+        return sum(_COUNTS.unpack_from(self._map, 16))

@@ -31,6 +31,7 @@ KEEP_S: Final = 20.0
 MOST_IDLE: Final = 256
 _MOST_HEAD: Final = 256 * 1024
 _FALL, _RISE = 2, 2
+_CODING, _LENGTH = b"transfer-encoding", b"content-length"
 
 
 class Outcome(Enum):
@@ -208,8 +209,8 @@ class Connection(asyncio.Protocol):
                 raise _Garbled
             return
         self._has_head = True
-        codings = [value.lower() for name, value in self._headers if name.lower() == b"transfer-encoding"]
-        lengths = {value for name, value in self._headers if name.lower() == b"content-length"}
+        codings = [value.lower() for name, value in self._headers if len(name) == 17 and name.lower() == _CODING]
+        lengths = {value for name, value in self._headers if len(name) == 14 and name.lower() == _LENGTH}
         if (codings and (codings != [b"chunked"] or lengths)) or len(lengths) > 1:
             raise _Garbled
         bodiless = self._is_head or status in (204, 304)
