@@ -7,12 +7,13 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from controller.problems import BulkheadError
-from controller.security.pki import Holder, Pki
+from controller.security.pki import Holder, Pki, archive
 from controller.security.pki.disk import Disk
 from controller.security.pki.identity import Identity, Usage
 from controller.security.pki.trial import try_pair
@@ -60,9 +61,7 @@ CHANGES: dict[str, tuple[Change, Change]] = {
 
 def wanted(pki: Pki, phase: str) -> None:
     """Go back, or complete that, until the replacement is in a phase: to go back again would go further back."""
-    if pki.state.phase != phase:
-        pki.rotate_ca("back", settle_s=0)
-    elif pki.behind(pki.state) and phase == "prepared":
+    if pki.state.phase != phase or (pki.behind(pki.state) and phase == "prepared"):
         pki.rotate_ca("back", settle_s=0)
     else:
         pki.mend()
@@ -155,6 +154,49 @@ def test_killed_while_it_is_made(tmp_path: Path) -> None:
         pki.init("home")
         pki.issue("a", "server")
         works(pki.directory, "a")
+        at += 1
+    assert at > 10
+
+
+def test_killed_while_it_is_restored(tmp_path: Path) -> None:
+    """There is always a whole CA, and what was revoked stays so."""
+    before = made(tmp_path / "before")
+    archive.backup(before, tmp_path / "backup")
+    Pki(before).revoke("caller")
+    at = 0
+    while True:
+        directory = tmp_path / f"{at}" / "pki"
+        shutil.copytree(before, directory, symlinks=True)
+        again = partial(archive.restore, tmp_path / "backup", directory, over=True)
+        if not killed(directory, lambda pki, again=again: again(disk=pki.holder.disk), at):
+            break
+        works(directory, "router1", "inf1")
+        assert Pki(directory).revoked("caller")
+        again()
+        Pki(directory).mend()
+        works(directory, "router1", "inf1")
+        with pytest.raises(BulkheadError, match="revoked"):
+            works(directory, "caller")
+        assert not list(directory.parent.glob(".*"))
+        at += 1
+    assert at > 2
+
+
+def test_killed_while_a_directory_is_delivered(tmp_path: Path) -> None:
+    """What other programs use works too, and is behind for no longer than until the next command."""
+    before, used = made(tmp_path / "before"), tmp_path / "used"
+    Pki(before).export("inf1", used)
+    at = 0
+    while True:
+        directory = tmp_path / f"{at}"
+        shutil.copytree(before, directory, symlinks=True)
+        if not killed(directory, lambda pki: pki.renew("inf1"), at):
+            break
+        works(directory, "inf1")
+        works(used, "inf1")
+        Pki(directory).mend()
+        works(used, "inf1")
+        assert Holder(used).current("inf1") == Holder(directory).current("inf1")
         at += 1
     assert at > 10
 

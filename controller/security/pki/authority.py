@@ -21,11 +21,11 @@ from controller.eventfiles import EventLogError
 from controller.eventlog import EventLog
 from controller.events import Event, Kind
 from controller.problems import BulkheadError
-from controller.security.pki import making
+from controller.security.pki import delivery, making
 from controller.security.pki.disk import Disk, locked, read
 from controller.security.pki.holder import Holder
 from controller.security.pki.identity import DAYS, Identity, check_name
-from controller.security.pki.state import Authority, Entry, Phase, Role, State
+from controller.security.pki.state import Authority, Entry, Export, Phase, Role, State
 from controller.wgkeys import Secret
 
 LOG = logging.getLogger("bulkhead.pki")
@@ -135,6 +135,10 @@ class Pki:
             if name == state.active and state.phase is not Phase.PREPARED and now >= half:
                 fix = "replace it: bulkhead pki rotate-ca prepare"
                 found.append(Due("ca", "the CA is past half its life", fix, half, ca.not_valid_after_utc, True))
+        for export in state.exports:
+            if not delivery.up_to_date(export, self.holder):
+                fix = f"bulkhead pki renew --due, or bulkhead pki export --forget {export.directory}"
+                found.append(Due(export.directory, f"what {export.name} uses there is behind", fix, now, now, True))
         return found + lists_due(self.holder, now)
 
     def _leaf_due(self, state: State, identity: Identity, now: dt.datetime) -> Due | None:
@@ -231,6 +235,35 @@ class Pki:
         self.alarm()
         return done
 
+    def replace_all(self, *, settle_s: float = SETTLE_S) -> tuple[list[Issued], list[str]]:
+        """Renew everything, wait until running programs use it, then revoke every certificate from before.
+
+        Answers what was issued, and names whose keys are elsewhere: revoke those, or sign new requests of theirs and then call
+        `revoke_earlier`. For when keys may have been stolen. If it is interrupted, run it again.
+        """
+        state = self.state
+        names = [one.name for one in state.identities if one.name not in state.revoked]
+        elsewhere = [one.name for one in state.identities if one.remote and one.name in names]
+        done = [self.renew(name) for name in names if name not in elsewhere]
+        time.sleep(self.unsettled_s(settle_s))
+        for one in done:
+            self.revoke_earlier(one.name)
+        return done, elsewhere
+
+    def revoke_earlier(self, name: str) -> None:
+        """Revoke every certificate of a name but the last one."""
+        with self._changing() as state:
+            self._known(state, name)
+            moved = state.with_earlier_revoked(name, self._clock().timestamp())
+            if moved == state:
+                return
+            last, used = moved.newest(name), self.in_use(name, state)
+            if used is not None and used != last:
+                raise BulkheadError(f"{name} uses an earlier certificate; renew it first: bulkhead pki renew {name}")
+            self._save(moved)
+            self._publish(moved)
+            self._tell(Kind.CERT_REVOKED, f"The certificates that {name} had before its last one are revoked.", name)
+
     def back(self, name: str) -> None:
         """Use the certificate again that a name had before."""
         with self._changing() as state:
@@ -238,14 +271,16 @@ class Pki:
             self._known(state, name)
             self.holder.back(name)
 
-    def sign(self, request: bytes, granted: Identity | None = None) -> bytes:
+    def sign(self, request: bytes, granted: Identity | None = None, *, name: str | None = None) -> bytes:
         """Sign what a machine asks for with a key of its own; the bundle to send back.
 
         A name that is not known yet needs `granted`: what may be in its certificate is said here, not there.
         """
         found, key = making.read_request(request, "the request")
-        name = making.name_of(found)
+        asked, name = name, making.name_of(found)
         check_name(name)
+        if asked not in (None, name):
+            raise BulkheadError(f"the request is of {name}, not {asked}; ask who has sent it")
         with self._changing() as state:
             identity = granted or state.identity(name)
             if identity is None:
@@ -368,12 +403,47 @@ class Pki:
             if name is None:
                 return self._trust()
             self._known(state, name)
-            link = self.holder.link(name)
-            certificate = read(link / "cert.pem")
-            if certificate is None:
-                raise BulkheadError(f"{name} has no certificate here; issue one, or sign its request")
-            private = read(link / "key.pem") or b"" if key else b""
-            return certificate + self._trust() + private
+            return self._bundle(name, key=key)
+
+    def _bundle(self, name: str, *, key: bool) -> bytes:
+        pair = self.holder.link(name)
+        certificate = read(pair / "cert.pem")
+        if certificate is None:
+            raise BulkheadError(f"{name} has no certificate here; issue one, or sign its request")
+        private = (read(pair / "key.pem") or b"") if key else b""
+        return certificate + self._trust() + private
+
+    def export(self, name: str, to: Path, owner: int | None = None) -> None:
+        """Have a directory for the programs that use a name, and keep it up to date with every change from now on.
+
+        It never has the CA's key. `owner` is the number of the user they run as.
+        """
+        with self._changing() as state:
+            self._known(state, name)
+            export = Export(str(to), name, owner)
+            delivery.deliver(export, self._bundle(name, key=True))
+            others = tuple(one for one in state.exports if one.directory != export.directory)
+            if (*others, export) != state.exports:
+                self._save(replace(state, exports=(*others, export)))
+
+    def forget_export(self, to: Path) -> None:
+        """Keep a directory up to date no more. What is in it stays."""
+        with self._changing() as state:
+            left = tuple(one for one in state.exports if one.directory != str(to))
+            if left == state.exports:
+                known = ", ".join(one.directory for one in state.exports) or "none"
+                raise BulkheadError(f"{to} is not kept up to date; these are: {known}")
+            self._save(replace(state, exports=left))
+
+    def _deliver(self, state: State) -> None:
+        """Bring every exported directory up to date. One that cannot be is told by `needs_renewal`."""
+        for export in state.exports:
+            if delivery.up_to_date(export, self.holder):
+                continue
+            try:
+                delivery.deliver(export, self._bundle(export.name, key=True))
+            except BulkheadError as exc:
+                LOG.warning("%s is not up to date: %s", export.directory, exc)
 
     # - steps of the CA's replacement
 
@@ -453,6 +523,7 @@ class Pki:
             state = self.state
             self._settle(state)
             yield state
+            self._deliver(self.state)
 
     def _settle(self, state: State) -> None:
         self._disk.sweep(self.directory)

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from controller.problems import BulkheadError
 
+LARGEST = 64 << 20
+"""No file of ours has more bytes; a back-up of very many certificates is the largest."""
 PATIENCE_S = 10.0
 """How long a command waits for another one to end."""
 
@@ -130,35 +133,43 @@ def _told(path: Path) -> Iterator[None]:
 
 
 def read(path: Path) -> bytes | None:
-    """What is in a file; None if there is none. Raises `BulkheadError`."""
+    """What is in a file; None if there is none. Does not wait for anything that is no file. Raises `BulkheadError`."""
     try:
-        return path.read_bytes()
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as exc:
         raise BulkheadError(f"{path} cannot be read: {exc.strerror}; run this as its owner") from exc
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST:
+            raise BulkheadError(f"{path} is no file of ours; move it away")
+        return file.read(LARGEST)
 
 
 @contextmanager
 def locked(directory: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
     """Be the only one to change a directory. Raises `BulkheadError` if another one stays at it."""
+    deadline = time.monotonic() + patience_s
+    while (lock := _taken(directory)) is None:
+        if time.monotonic() > deadline:
+            raise BulkheadError(f"another command changes {directory}; wait for it to end, then try again")
+        time.sleep(0.02)
     try:
-        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as exc:
-        raise BulkheadError(f"{directory} cannot be used: {exc.strerror}; run: bulkhead pki init") from exc
-    try:
-        deadline = time.monotonic() + patience_s
-        while not _taken(lock):
-            if time.monotonic() > deadline:
-                raise BulkheadError(f"another command changes {directory}; wait for it to end, then try again")
-            time.sleep(0.02)
         yield
     finally:
         os.close(lock)
 
 
-def _taken(lock: int) -> bool:
-    with contextlib.suppress(BlockingIOError):
+def _taken(directory: Path) -> int | None:
+    """The lock, which is on the directory itself; None if another one has it or the directory was exchanged meanwhile."""
+    try:
+        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise BulkheadError(f"{directory} cannot be used: {exc.strerror}; run: bulkhead pki init NAME") from exc
+    with contextlib.suppress(BlockingIOError, FileNotFoundError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
+        if os.path.samestat(os.fstat(lock), directory.stat()):
+            return lock
+    os.close(lock)
+    return None

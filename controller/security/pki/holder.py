@@ -149,7 +149,7 @@ class Holder:
         with locked(self.directory):
             self.disk.sweep(self.directory)
             if (self.directory / "state.json").exists():
-                raise BulkheadError(f"{self.directory} is the CA's own directory; name another one with --pki-dir")
+                raise BulkheadError(f"{self.directory} is the CA's own directory; name another one with --security-dir")
             self._check_trust(authorities, lists, new_ca)
             ca = b"".join(map(making.pem_of, authorities))
             crl = b"".join(map(making.pem_of, lists))
@@ -165,7 +165,14 @@ class Holder:
                     f"bulkhead pki request {name}"
                 )
             pair = self.stage(leaf, found)
-            self._try_with(pair, ca, crl)
+            try:
+                self._try_with(pair, ca, crl)
+            except BulkheadError:
+                if os.path.realpath(self.link(name)) != os.path.realpath(pair):
+                    self.disk.remove(pair)
+                if set(self.authorities()) <= set(authorities):
+                    self.publish(ca, crl)  # it may be revoked itself, and still has to refuse others that are
+                raise
             with contextlib.suppress(BulkheadError):
                 self.use(pair)  # before its predecessor's CA may go; a CA that is new here has to come first
             self.publish(ca, crl)

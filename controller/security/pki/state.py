@@ -14,7 +14,7 @@ from typing import Any, Self
 from controller.problems import BulkheadError
 from controller.security.pki.identity import Identity, Usage
 
-FORGET_S = 30 * 86400.0
+FORGET_S = 86400.0
 """Certificates that ended longer ago are not remembered."""
 
 
@@ -57,6 +57,15 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Export:
+    """A directory that is kept up to date for the programs that use a name; `owner` is a user's number, None for ours."""
+
+    directory: str
+    name: str
+    owner: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class State:
     """Everything a CA knows. `revoked` has names, and since when; `alarmed` is what events were written about."""
 
@@ -66,6 +75,7 @@ class State:
     entries: tuple[Entry, ...] = ()
     revoked: Mapping[str, float] = field(default_factory=dict)
     alarmed: tuple[str, ...] = ()
+    exports: tuple[Export, ...] = ()
 
     @property
     def active(self) -> str:
@@ -128,6 +138,15 @@ class State:
         ]
         return replace(self, entries=tuple(entries), revoked={name: now, **self.revoked})
 
+    def with_earlier_revoked(self, name: str, now: float) -> State:
+        """The same, with every certificate of that name revoked but the last."""
+        last = self.newest(name)
+        entries = [
+            replace(one, revoked_at=now) if one.name == name and one is not last and one.revoked_at is None else one
+            for one in self.entries
+        ]
+        return replace(self, entries=tuple(entries))
+
     def to_json(self) -> bytes:
         """The file's text."""
         return (json.dumps({"version": 1, **asdict(self)}, indent=1, sort_keys=True) + "\n").encode()
@@ -145,6 +164,7 @@ class State:
                 identities=tuple(identities),
                 entries=tuple(Entry(**one) for one in found.pop("entries")),
                 alarmed=tuple(found.pop("alarmed")),
+                exports=tuple(Export(**one) for one in found.pop("exports")),
                 **found,
             )
         except (ValueError, KeyError, TypeError, AttributeError):
