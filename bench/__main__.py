@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bench import api, host, install, proof, throughput
+from bench import api, host, install, proof, router, throughput
 from bench.harness import Figure
 
 
@@ -24,7 +24,9 @@ from bench.harness import Figure
 @click.option("--connections", default=1000, show_default=True, help="TCP connections for the cache figure.")
 @click.option("--containers", default=100, show_default=True, help="Containers of the host that the agent builds.")
 @click.option(
-    "--only", type=click.Choice(["install", "throughput", "proof", "host", "api"]), help="Just one of the parts."
+    "--only",
+    type=click.Choice(["install", "throughput", "proof", "host", "api", "router"]),
+    help="Just one of the parts.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Write the figures here as JSON.")
 def main(
@@ -60,6 +62,9 @@ def _measure(
     if only in (None, "api"):
         click.echo(f"the API with 200 containers, {rounds} rounds …", err=True)
         yield from api.measure(rounds)
+    if only in (None, "router"):
+        click.echo(f"the router beside nginx, {rounds} rounds …", err=True)
+        yield from router.measure(rounds)
 
 
 def _table(figures: list[Figure]) -> Table:

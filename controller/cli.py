@@ -24,6 +24,7 @@ from controller.apiterm import use_api, where_options
 from controller.asking import ask
 from controller.checkcli import check
 from controller.client import Where
+from controller.clientcli import client
 from controller.compile import BridgeCompiler, Compiled, Names, planned_ports
 from controller.completioncli import completion
 from controller.containercli import COMMANDS as CONTAINER_COMMANDS
@@ -39,6 +40,7 @@ from controller.pipeline import table_name
 from controller.pkicli import pki
 from controller.problems import BulkheadError
 from controller.proofcli import COMMANDS as PROOF_COMMANDS
+from controller.routercli import COMMANDS as ROUTER_COMMANDS
 from controller.statefile import load
 from controller.storecli import store
 from controller.storeoptions import StoreOptions, store_options
@@ -77,7 +79,8 @@ main.add_command(store)
 main.add_command(pki)
 main.add_command(apicli.api)
 main.add_command(completion)
-for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS, *CONTAINER_COMMANDS, grant, token, mcp):
+main.add_command(client)
+for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS, *CONTAINER_COMMANDS, *ROUTER_COMMANDS, grant, token, mcp):
     main.add_command(command)
 
 

@@ -45,7 +45,7 @@ RANKS = (
     ("agent",),
     ("lab",),
     ("apicli", "checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli", "storecli", "pkicli"),
-    ("containercli", "grantcli", "tokencli", "completioncli", "mcpcli"),
+    ("containercli", "grantcli", "tokencli", "completioncli", "mcpcli", "clientcli", "routercli"),
     ("cli",),
     ("__main__",),
 )
