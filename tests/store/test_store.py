@@ -420,7 +420,7 @@ def test_a_change_whose_answer_was_lost_is_found_and_not_made_twice(server: Serv
         proxy.deaf = False
         thread.join(10)
         assert result == [("100", 1)]
-    assert [record.created_by for record in store.records.containers] == ["once", "later"]
+    wait_for(lambda: [record.created_by for record in store.records.containers] == ["once", "later"])
 
 
 @pytest.mark.parametrize("meanwhile", [False, True])
@@ -437,7 +437,8 @@ def test_a_change_that_never_arrived_is_made_once(server: Server, store: Store, 
         proxy.dumb = False
         thread.join(10)
         assert result == [("101", 2) if meanwhile else ("100", 1)]
-    assert [record.created_by for record in store.records.containers] == (["before"] if meanwhile else []) + ["once"]
+    made = ["before", "once"] if meanwhile else ["once"]
+    wait_for(lambda: [record.created_by for record in store.records.containers] == made)
 
 
 def test_a_server_of_a_cluster_that_is_behind_is_left_for_another(server: Server) -> None:
