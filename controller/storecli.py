@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import click
 
 from controller.agentcli import state_dir_option
 from controller.problems import BulkheadError
-from controller.records import Records, key
+from controller.records import GrantRecord, GrantState, Record, Records, TokenRecord, key
 from controller.store import Change, Link, Store, Tls, Unavailable
 from controller.store import server as serving
 from controller.store.rows import DATABASE, SCHEMA
@@ -344,8 +344,9 @@ def restore(
 ) -> None:
     """Bring the records of FILE, a backup, back into the running store.
 
-    All of them or none, as one change: every node follows. What has been made since the backup is gone. An older
-    version's backup is converted first.
+    All of them or none, as one change: every node follows. What has been made since the backup is gone. Into a store that
+    holds records tokens do not come back that were revoked since, nor grants that have ended. An older version's backup is
+    converted first.
     """
     saved = read_backup(file)
     with _opened(addresses, run_dir, tls_of(private_key, certificate, ca)) as opened:
@@ -356,15 +357,32 @@ def restore(
                 raise BulkheadError(
                     f"the store holds {have} records, which would be lost; to replace them, give --force"
                 )
-            kept = {key(record) for record in saved}
+            back = [record for each in saved if (record := _as_it_is(each, now)) is not None]
+            kept = {key(record) for record in back}
             for name in [key(record) for record in now if key(record) not in kept]:
                 change.delete(name)
-            for record in saved:
+            for record in back:
                 change.put(record)
             return len(kept)
 
         count, revision = opened.change(replace_all, RESTORE_S, above=saved.revision)
     click.echo(f"{count} records of revision {saved.revision} are back, as revision {revision}")
+
+
+def _as_it_is(saved: Record, now: Records) -> Record | None:
+    """A saved record as it comes back, if at all: whoever was shut out since the backup is not let in again.
+
+    An empty store cannot tell who that was.
+    """
+    if not any(True for _ in now) or not isinstance(saved, TokenRecord | GrantRecord):
+        return saved
+    there = next((record for record in now if key(record) == key(saved)), None)
+    if isinstance(saved, TokenRecord):
+        return saved if there is not None else None
+    if there is not None:
+        return there
+    over = saved.state not in (GrantState.REQUESTED, GrantState.APPROVED)
+    return saved if over else replace(saved, state=GrantState.REVOKED)
 
 
 def read_backup(file: Path) -> Records:

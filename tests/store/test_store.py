@@ -420,7 +420,7 @@ def test_a_change_whose_answer_was_lost_is_found_and_not_made_twice(server: Serv
         proxy.deaf = False
         thread.join(10)
         assert result == [("100", 1)]
-    assert [record.created_by for record in store.records.containers] == ["once", "later"]
+    wait_for(lambda: [record.created_by for record in store.records.containers] == ["once", "later"])
 
 
 @pytest.mark.parametrize("meanwhile", [False, True])

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from controller.problems import BulkheadError
-from controller.records import ClientRecord, TokenRecord
+from controller.records import ClientRecord, GrantRecord, GrantState, TokenRecord
 from controller.store import Clash, Store, Tls, Unavailable
 from controller.store import server as serving
 from controller.store.rows import SCHEMA
@@ -77,6 +78,10 @@ def host(tmp_path: Path) -> Iterator[Host]:
     made.end()
 
 
+def grant(number: str) -> GrantRecord:
+    return GrantRecord(number, "1", "2", "tcp", 80, "why", "anna", 1.0, 60, GrantState.APPROVED, "bob", 2.0, 62.0)
+
+
 @pytest.mark.slow
 def test_a_store_is_served_saved_and_brought_back(host: Host, tmp_path: Path) -> None:
     assert host.run("status").returncode == 1
@@ -94,8 +99,9 @@ def test_a_store_is_served_saved_and_brought_back(host: Host, tmp_path: Path) ->
     with opened(f"unix:{path}") as store:
         secret = ClientRecord("phone", "n1", "10.9.0.2", "pub", "top-secret")
         store.change(put(container(1), container(2), secret, TokenRecord("t", "ci", "digest-of-it")))
+        store.change(put(grant("7"), grant("8"), TokenRecord("stolen", "stolen", "0")))
         status = host.json("status", "--json")
-        assert (status["connected"], status["revision"], status["records"]["containers"]) == (True, 1, 2)
+        assert (status["connected"], status["revision"], status["records"]["containers"]) == (True, 2, 2)
         assert status["file"]["bytes"] > 3000
         dumped = host.run("dump")
         assert [c["id"] for c in json.loads(dumped.stdout)["containers"]] == ["1", "2"]
@@ -105,12 +111,17 @@ def test_a_store_is_served_saved_and_brought_back(host: Host, tmp_path: Path) ->
         assert saved.stat().st_mode & 0o777 == 0o600
 
         store.change(put(container(1, running=False), container(3)))
+        store.change(put(replace(grant("7"), state=GrantState.REVOKED)))
+        store.change(lambda change: [change.delete(f"{name}") for name in ("token/stolen", "grant/8")])
         before = store.records
         refused = host.run("restore", str(saved))
         assert (refused.returncode, "--force" in refused.stderr) == (2, True)
         assert store.records == before
-        assert "as revision 3" in host.run("restore", "--force", str(saved)).stdout
-        wait_for(lambda: store.records.revision == 3)
+        assert "as revision 6" in host.run("restore", "--force", str(saved)).stdout
+        wait_for(lambda: store.records.revision == 6)
+        # Who was shut out since then is not let in again.
+        assert [one.id for one in store.records.tokens] == ["t"]
+        assert [(one.id, one.state) for one in store.records.grants] == [("7", "revoked"), ("8", "revoked")]
         assert [c.id for c in store.records.containers] == ["1", "2"]
         assert store.records.containers[0].running
         assert store.records.clients[0].preshared_key == "top-secret"
@@ -123,13 +134,13 @@ def test_a_store_is_served_saved_and_brought_back(host: Host, tmp_path: Path) ->
     assert path.exists()
     host.serve()
     with opened(f"unix:{path}") as store:
-        assert store.records.revision == 3
+        assert store.records.revision == 6
     host.end()
     assert not path.exists()
     database.unlink()
     host.serve()
     # A new store: its revision goes on after the one that was saved, or followers would take it for an old one.
-    assert "as revision 2" in host.run("restore", str(saved)).stdout
+    assert "as revision 3" in host.run("restore", str(saved)).stdout
 
 
 def test_a_file_that_is_no_backup_is_not_restored(server: Server, tmp_path: Path) -> None:
