@@ -57,6 +57,7 @@ from controller.terminal import (
 from controller.tokencli import token
 from controller.verify.gate import try_proof
 from controller.vpncli import vpn
+from controller.wgcli import wg
 from lab.cli import lab
 
 OVSDB = "unix:/var/run/openvswitch/db.sock"
@@ -73,6 +74,7 @@ main.add_command(verify_host)
 main.add_command(firewall)
 main.add_command(vpn)
 main.add_command(store)
+main.add_command(wg)
 main.add_command(apicli.api)
 main.add_command(completion)
 for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS, *CONTAINER_COMMANDS, grant, token, mcp):

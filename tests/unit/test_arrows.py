@@ -44,7 +44,7 @@ RANKS = (
     ("apiterm", "joinedevents"),
     ("agent",),
     ("lab",),
-    ("apicli", "checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli", "storecli"),
+    ("apicli", "checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli", "storecli", "wgcli"),
     ("containercli", "grantcli", "tokencli", "completioncli", "mcpcli"),
     ("cli",),
     ("__main__",),
@@ -80,7 +80,7 @@ APART = {
     "securityderive": {"model", "hostmodel", "notes", "stateschema"},
     "agent": {
         *("api_socket", "asking", "desired", "eventfiles", "eventlog", "events", "grants", "hostmodel", "model"),
-        *("problems", "records", "statefile", "store", "unixsocket", "vpnpool", "wgkeys"),
+        *("problems", "records", "security", "statefile", "store", "unixsocket", "vpnpool", "wgkeys"),
     },
     "ofrules": {"model", "problems", "ofparse"},
     "client": {"problems"},
