@@ -60,6 +60,7 @@ from controller.terminal import (
 from controller.tokencli import token
 from controller.verify.gate import try_proof
 from controller.vpncli import vpn
+from controller.wgcli import wg
 from lab.cli import lab
 
 OVSDB = "unix:/var/run/openvswitch/db.sock"
@@ -76,7 +77,11 @@ main.add_command(verify_host)
 main.add_command(firewall)
 main.add_command(vpn)
 main.add_command(store)
+<<<<<<< HEAD
 main.add_command(pki)
+=======
+main.add_command(wg)
+>>>>>>> h-w
 main.add_command(apicli.api)
 main.add_command(completion)
 main.add_command(client)

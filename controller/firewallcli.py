@@ -13,8 +13,8 @@ import click
 
 from controller.agent import trial
 from controller.agent.hosttable import wanted_host_table
-from controller.agent.nft import TABLE, listing
-from controller.agent.run import call
+from controller.agent.nft import as_printed, listing, rule_differences
+from controller.agent.serverlinks import refuse_overlap
 from controller.problems import BulkheadError
 from controller.statefile import load
 from controller.terminal import NO, file_argument, guarded, json_option, print_json, run_dir_option
@@ -24,7 +24,7 @@ LONGEST_S = 24 * 3600
 
 @click.group()
 def firewall() -> None:
-    """The host's own firewall: look, load, try, confirm, roll back. Root.
+    """The host's own firewall: look, load, try, confirm, roll back, verify. Root.
 
     Only the table `inet bulkhead` is ever read or changed. Works with the agent running and without.
     """
@@ -41,13 +41,9 @@ def _require_root() -> None:
 
 def _wanted(file: Path) -> str:
     loaded = load(file)
+    if loaded.host.security is not None and loaded.host.security.has_wireguard:
+        asyncio.run(refuse_overlap(loaded.host.security))
     return wanted_host_table(loaded.state, loaded.host)
-
-
-async def as_printed(text: str) -> str:
-    """How nft prints a table once it is loaded: tried in a network namespace that is gone right after."""
-    script = f"nft -f - && nft -s list table inet {TABLE}"
-    return await call("unshare", "--net", "--", "sh", "-c", script, stdin=text)
 
 
 @firewall.command()
@@ -77,6 +73,29 @@ def plan(file: Path, as_json: bool) -> None:
 
 async def _both(text: str) -> tuple[str, str | None]:
     return await as_printed(text), await listing(trial.FAMILY)
+
+
+@firewall.command()
+@file_argument
+@json_option
+@guarded
+def verify(file: Path, as_json: bool) -> None:
+    """Compare the loaded host table with the one that a state FILE asks for, rule by rule.
+
+    Exit 0 if they are the same, 1 if not, 2 if it cannot be found out. Changes nothing.
+    """
+    _require_root()
+    wanted, found = asyncio.run(_both(_wanted(file)))
+    differences = rule_differences(found, wanted)
+    if as_json:
+        print_json({"loaded": found is not None, "good": not differences, "differences": list(differences)})
+    else:
+        rules = sum(line.startswith("\t\t") for line in wanted.splitlines())
+        for line in differences or [f"the loaded table is as wanted: {rules} lines of {file}'s"]:
+            click.secho(line, fg="red" if differences else "green")
+        if differences:
+            click.echo(f"to mend it: bulkhead firewall apply {file}")
+    sys.exit(NO if differences else 0)
 
 
 @firewall.command()

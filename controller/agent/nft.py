@@ -6,6 +6,7 @@ was wanted; later the table must still be printed so. No other table is ever nam
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -52,6 +53,15 @@ async def listing(family: str, namespace: str | None = None) -> str | None:
         if any(word in str(exc) for word in _ABSENT):
             return None
         raise
+
+
+async def as_printed(text: str) -> str:
+    """How nft prints a table `inet` of ours once it is loaded: tried in a network namespace that is gone right after.
+
+    Raises `Failed`.
+    """
+    script = f"nft -f - && nft -s list table inet {TABLE}"
+    return await call("unshare", "--net", "--", "sh", "-c", script, stdin=text)
 
 
 class NftTable:
@@ -180,3 +190,47 @@ def _lines(text: str) -> list[str]:
 
 def _shown(line: str | None) -> str:
     return "the end" if line is None else repr(line)
+
+
+def rule_differences(found: str | None, wanted: str) -> tuple[str, ...]:
+    """Every rule that differs between two tables as nft prints them, in words; `found` is None where there is none."""
+    if found is None:
+        return (f"there is no table inet {TABLE}: no rule is loaded",)
+    here, there = _chains(found), _chains(wanted)
+    out = []
+    for chain in dict.fromkeys((*there, *here)):
+        if chain not in here:
+            out.append(f"chain {chain} is missing, with its {len(there[chain])} lines")
+        elif chain not in there:
+            out.append(f"chain {chain} is nobody's: {'; '.join(here[chain])}")
+        else:
+            out += _rule_changes(chain, here[chain], there[chain])
+    return tuple(out)
+
+
+def _chains(text: str) -> dict[str, list[str]]:
+    """The lines of every block of a table, by its name ("input", or "set names")."""
+    out: dict[str, list[str]] = {}
+    name = ""
+    for line in _lines(text):
+        if line.endswith("{") and not line.startswith("table "):
+            name = line.removesuffix("{").strip().removeprefix("chain ")
+            out[name] = []
+        elif line == "}":
+            name = ""
+        elif name:
+            out[name].append(line)
+        elif not line.startswith("table "):
+            out.setdefault("table", []).append(line)
+    return out
+
+
+def _rule_changes(chain: str, here: list[str], there: list[str]) -> list[str]:
+    matcher = difflib.SequenceMatcher(a=there, b=here, autojunk=False)
+    out = []
+    for what, a, b, c, d in matcher.get_opcodes():
+        if what == "equal":
+            continue
+        out += [f"chain {chain}, line {n + 1}: missing: {there[n]}" for n in range(a, b)]
+        out += [f"chain {chain}, line {n + 1}: not wanted: {here[n]}" for n in range(c, d)]
+    return out

@@ -157,16 +157,18 @@ class WireGuard:
         programs: Programs,
         interface: str,
         config: Callable[[], WgConfig],
-        namespace: str,
+        namespace: str | None,
         *,
         socket_namespace: str | None = None,
         fixed: bool = False,
         needs: Sequence[str] = (),
+        group: int = GROUP,
     ) -> None:
         self._nets, self._programs = nets, programs
         self._interface, self._config = interface, config
         self._namespace, self._socket_namespace = namespace, socket_namespace
         self._fixed = fixed
+        self._group = group
         self.key = f"wireguard/{interface}"
         self.needs = tuple(needs)
         self.watches = (namespace,)
@@ -177,7 +179,8 @@ class WireGuard:
 
     @property
     def _what(self) -> str:
-        return f"WireGuard interface {self._interface} in {self._namespace}"
+        place = f" in {self._namespace}" if self._namespace is not None else ""
+        return f"WireGuard interface {self._interface}{place}"
 
     @property
     def _program(self) -> str:
@@ -241,7 +244,7 @@ class WireGuard:
 
     def _is_ours(self, link: Link) -> bool:
         if link.kind == "wireguard":
-            return link.group == GROUP
+            return link.group == self._group
         return _may_be_wireguard(link) and self._programs.record(self._program) is not None
 
     async def _find(self, namespace: str | None) -> Link | None:
@@ -287,7 +290,7 @@ class WireGuard:
             await self._start_userspace()
             return
         try:
-            await net.rtnl.link("add", ifname=self._interface, kind="wireguard", group=GROUP)
+            await net.rtnl.link("add", ifname=self._interface, kind="wireguard", group=self._group)
             return
         except NetlinkError as exc:
             if exc.code not in (errno.EOPNOTSUPP, errno.ENOENT, errno.EPROTONOSUPPORT):
@@ -314,6 +317,7 @@ class WireGuard:
             await asyncio.sleep(0.01)
 
     async def _move(self) -> None:
+        assert self._namespace is not None
         link = await self._find(self._socket_namespace)
         if link is None:
             if await self._find(self._namespace) is not None:
@@ -328,6 +332,10 @@ class WireGuard:
     async def _remove(self) -> None:
         await remove_link(self._nets, self._namespace, self._interface)
         await self._programs.stop(self._program)
+
+    async def remove(self) -> None:
+        """Take it away, with its program."""
+        await self._remove()
 
     def _set_mtu(self, mtu: int) -> Step:
         async def do() -> None:
@@ -404,7 +412,9 @@ class WireGuard:
                     if peer.endpoint and peer.is_recent:
                         endpoints[key] = peer.endpoint
             text = write_config(config, endpoints, shown.listen_port)
-            command = ("wg", "syncconf", self._interface, "/dev/stdin")
+            # With another key of ours no session goes on; forgotten altogether, none passes for one of the new key.
+            how = "syncconf" if shown.private_key == config.private_key.reveal() else "setconf"
+            command = ("wg", how, self._interface, "/dev/stdin")
             await call(*command, namespace=self._namespace, stdin=text, timeout_s=WG_S, secret=True)
             await self._set_mtu(config.mtu)()
 
@@ -420,11 +430,11 @@ class WireGuard:
         return min(ages, default=None)
 
 
-async def _dump(interface: str, namespace: str) -> Shown:
+async def _dump(interface: str, namespace: str | None = None) -> Shown:
     return read_dump(await call("wg", "show", interface, "dump", namespace=namespace, timeout_s=WG_S, secret=True))
 
 
-async def show(interface: str, namespace: str) -> list[PeerStatus]:
+async def show(interface: str, namespace: str | None = None) -> list[PeerStatus]:
     """How each peer of an interface is. Raises `Failed` where it is not there."""
     now = time.time()
     return [

@@ -37,7 +37,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
         yield found
 
 
-def made(api: Stand, name: str, *scopes: str, by: str | None = None, expires_in_s: int = 60) -> str:
+def made(api: Stand, name: str, *scopes: str, by: str | None = None, expires_in_s: int = 600) -> str:
     """A token, made by root or by the holder of another."""
     headers = {"Authorization": f"Bearer {by}"} if by else {}
     with api.client(headers=headers) as client:

@@ -77,7 +77,7 @@ class Client(BaseProtocol):
         self.deadline = math.inf
         self.moved_at = 0.0
         """When a byte was last read or written."""
-        self.closes = False
+        self._closes = False
         self.opened: Opened | None = None
         self.peer = b""
         self.name: str | None = None
@@ -174,9 +174,16 @@ class Client(BaseProtocol):
         opener = self._worker.opener
         return b"" if opener is None else b"%s: %s\r\n" % (NEXT_NONCE.encode(), opener.nonce(self.binding).encode())
 
+    @property
+    def closes(self) -> bool:
+        """Whether the connection ends with this answer. Once its head is out the client knows, so it stays as it was said."""
+        if self._worker.draining:
+            self._closes = True
+        return self._closes
+
     def must_close(self) -> None:
         """Only the end of the connection tells the end of the answer."""
-        self.closes = True
+        self._closes = True
 
     # - what the worker's clock does
 
@@ -201,15 +208,14 @@ class Client(BaseProtocol):
             self.deadline = self._loop.time() + _LINGER_S
             self.moved_at = self._loop.time()
         elif self._head_bytes and not self.busy:
-            self.closes = True
+            self._closes = True
             self.write(refused(self, Refusal(408, "The head of the request took too long."), is_head=False))
             self._close()
         else:
             self._close()
 
     def drain(self) -> None:
-        """Take no more requests: this one is the last, and an idle connection ends after a while."""
-        self.closes = True
+        """The next answer, or the one whose head is not out yet, is the last; an idle connection ends after a while."""
         if not self.busy:
             self.deadline = min(self.deadline, self._loop.time() + self._worker.linger_s)
 
@@ -242,12 +248,13 @@ class Client(BaseProtocol):
                     continue
                 message, payload = self._queue.popleft()
                 await self._one(message, payload)
-                if self.closes:
+                if self._closes:
                     self._linger(payload)
                     return
                 # A head that was begun has less time than an idle connection.
                 limits = worker.settings.limits
-                self.deadline = self._loop.time() + (limits.header_s if self._head_bytes else limits.idle_s)
+                patience_s = worker.linger_s if worker.draining else limits.idle_s
+                self.deadline = self._loop.time() + (limits.header_s if self._head_bytes else patience_s)
         except asyncio.CancelledError:
             pass
         except Exception as exc:
@@ -255,7 +262,7 @@ class Client(BaseProtocol):
             self._abort()
 
     def _refuse_garbled(self) -> None:
-        self.closes = True
+        self._closes = True
         self.write(refused(self, Refusal(400, "This is not a request as HTTP/1.1 has it."), is_head=False))
         self._worker.figures.add("requests", "400")
         self._linger(None)
@@ -279,7 +286,7 @@ class Client(BaseProtocol):
         began = time.monotonic()  # the loop's own time has milliseconds only
         self.moved_at = self._loop.time()
         self.deadline = self.moved_at + worker.settings.limits.request_s
-        self.closes = message.should_close or worker.draining
+        self._closes = message.should_close
         self.busy = True
         worker.begin()
         done = _Done("-")
@@ -289,7 +296,7 @@ class Client(BaseProtocol):
         except Refusal as exc:
             # What comes after a request that was not understood is not read as one.
             if not payload.is_eof() or exc.status in _NOT_UNDERSTOOD:
-                self.closes = True
+                self._closes = True
             done.status = exc.status
             self.write(refused(self, exc, is_head=is_head))
         finally:
@@ -490,7 +497,7 @@ class Client(BaseProtocol):
             if pumping.done():
                 pumping.result()
             else:
-                self.closes = True
+                self._closes = True
         except BaseException:
             connection.drop()
             raise

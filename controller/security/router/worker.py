@@ -43,6 +43,7 @@ class Worker:
         self.figures = Figures()
         self.draining = False
         self.linger_s = 1.0
+        self._lingers_until = 0.0
         self.opener: Opener | None = None
         self._control = control
         self._clients: set[Client] = set()
@@ -87,8 +88,7 @@ class Worker:
     def left(self, client: Client) -> None:
         """It has ended."""
         self._clients.discard(client)
-        if self.draining and not self._clients:
-            self._stop()
+        self._stop_if_left()
 
     def begin(self) -> None:
         """A request begins."""
@@ -221,6 +221,7 @@ class Worker:
     def drain(self, seconds: float, linger_s: float) -> None:
         """Accept nobody any more; end after `seconds`, or when all have been answered."""
         self.linger_s = linger_s
+        self._lingers_until = self.loop.time() + linger_s
         if not self.draining:
             self.draining = True
             for server in self._servers:
@@ -229,8 +230,11 @@ class Worker:
             client.drain()
         self.loop.call_later(linger_s, self._tick)
         self.loop.call_later(seconds, self._stop)
-        if not self._clients:
-            self.loop.call_soon(self._stop)
+
+    def _stop_if_left(self) -> None:
+        # Not before: there may be handshakes that are not over, and nothing tells of them.
+        if self.draining and not self._clients and self.loop.time() >= self._lingers_until:
+            self._stop()
 
     def _stop(self) -> None:
         if not self._stopped.done():
@@ -240,6 +244,7 @@ class Worker:
         now = self.loop.time()
         for client in list(self._clients):
             client.tick(now)
+        self._stop_if_left()
 
     async def _clock(self) -> None:
         while True:
