@@ -77,11 +77,8 @@ main.add_command(verify_host)
 main.add_command(firewall)
 main.add_command(vpn)
 main.add_command(store)
-<<<<<<< HEAD
 main.add_command(pki)
-=======
 main.add_command(wg)
->>>>>>> h-w
 main.add_command(apicli.api)
 main.add_command(completion)
 main.add_command(client)

@@ -44,13 +44,8 @@ RANKS = (
     ("apiterm", "joinedevents"),
     ("agent",),
     ("lab",),
-<<<<<<< HEAD
-    ("apicli", "checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli", "storecli", "pkicli"),
+    ("apicli", "checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli", "storecli", "pkicli", "wgcli"),
     ("containercli", "grantcli", "tokencli", "completioncli", "mcpcli", "clientcli", "routercli"),
-=======
-    ("apicli", "checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli", "storecli", "wgcli"),
-    ("containercli", "grantcli", "tokencli", "completioncli", "mcpcli"),
->>>>>>> h-w
     ("cli",),
     ("__main__",),
 )
