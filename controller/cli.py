@@ -36,6 +36,7 @@ from controller.hostcli import verify as verify_host
 from controller.mcpcli import mcp
 from controller.model import BridgeKind, DesiredState
 from controller.pipeline import table_name
+from controller.pkicli import pki
 from controller.problems import BulkheadError
 from controller.proofcli import COMMANDS as PROOF_COMMANDS
 from controller.statefile import load
@@ -73,6 +74,7 @@ main.add_command(verify_host)
 main.add_command(firewall)
 main.add_command(vpn)
 main.add_command(store)
+main.add_command(pki)
 main.add_command(apicli.api)
 main.add_command(completion)
 for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS, *CONTAINER_COMMANDS, grant, token, mcp):
@@ -233,6 +235,7 @@ def _print_plan(bridge: dict[str, Any]) -> None:
 @click.option("--private-key", type=click.Path(path_type=Path), help="For ssl: our private key, PEM.")
 @click.option("--certificate", type=click.Path(path_type=Path), help="For ssl: our certificate, PEM.")
 @click.option("--ca-cert", type=click.Path(path_type=Path), help="For ssl: the CA that switches' certificates are of.")
+@click.option("--crl", type=click.Path(path_type=Path), help="For ssl: the CA's list of revoked certificates, PEM.")
 @click.option("--ovsdb", default=OVSDB, show_default=True, help="Where to read bridges' names and settings; '' to not.")
 @click.option("--socket-group", type=int, help="The number of a group that may ask how everything is: the API's.")
 @click.option("--seal", is_flag=True, help="Drop all from a port whose packets leak by foreign flows, until cleared.")
@@ -247,6 +250,7 @@ def controller(
     private_key: Path | None,
     certificate: Path | None,
     ca_cert: Path | None,
+    crl: Path | None,
     ovsdb: str,
     socket_group: int | None,
     seal: bool,
@@ -268,7 +272,9 @@ def controller(
     given = (private_key, certificate, ca_cert)
     if any(given) and not all(given):
         raise BulkheadError("--private-key, --certificate and --ca-cert go together; give all three")
-    tls = Tls(private_key, certificate, ca_cert) if private_key and certificate and ca_cert else None
+    if crl and not any(given):
+        raise BulkheadError("--crl goes with --private-key, --certificate and --ca-cert; give all four")
+    tls = Tls(private_key, certificate, ca_cert, crl) if private_key and certificate and ca_cert else None
     addresses = tuple(parse(text, tls) for text in listen)
     settings = shell.Settings(
         file, addresses, run_dir, events_dir, ovsdb or None, seal, store.addresses, store.tls, store.node, socket_group

@@ -63,6 +63,10 @@ class Kind(StrEnum):
     API_DENIED = "api_denied"
     SERVICE_UP = "service_up"
     SERVICE_DOWN = "service_down"
+    CERT_EXPIRING = "cert_expiring"
+    CERT_RENEWED = "cert_renewed"
+    CERT_REVOKED = "cert_revoked"
+    CA_ROTATED = "ca_rotated"
     LOST = "lost"
     INTERNAL_ERROR = "internal_error"
 
@@ -92,6 +96,7 @@ _WARNINGS: Final = frozenset(
         Kind.TUNNEL_DOWN,
         Kind.API_DENIED,
         Kind.SERVICE_DOWN,
+        Kind.CERT_EXPIRING,
         Kind.LOST,
     }
 )

@@ -28,11 +28,12 @@ LOG = logging.getLogger("bulkhead.listen")
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """Files for `ssl:`. Switches must have a certificate of `ca` as well."""
+    """Files for `ssl:`. Switches must have a certificate of `ca` as well, and one that is not revoked in `crl` if given."""
 
     private_key: Path
     certificate: Path
     ca: Path
+    crl: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,9 @@ class Listener:
     def __init__(self, addresses: tuple[Listen, ...]) -> None:
         self.rejected = 0
         self._open: dict[_Connection, None] = {}
-        self._servers = [(self._bind(address), _context(address)) for address in addresses]
+        self._servers = [
+            (self._bind(address), _Following(address, address.tls) if address.tls else None) for address in addresses
+        ]
 
     @staticmethod
     def _bind(address: Listen) -> socket.socket:
@@ -123,8 +126,8 @@ class Listener:
 
     def serve(self) -> None:
         """Accept on every address."""
-        for server, context in self._servers:
-            hub.spawn(self._accept, server, context)
+        for server, contexts in self._servers:
+            hub.spawn(self._accept, server, contexts)
 
     def close(self) -> None:
         """Accept no more."""
@@ -134,7 +137,7 @@ class Listener:
             if path:
                 Path(path).unlink(missing_ok=True)
 
-    def _accept(self, server: socket.socket, context: ssl.SSLContext | None) -> None:
+    def _accept(self, server: socket.socket, contexts: _Following | None) -> None:
         while True:
             try:
                 sock, address = server.accept()
@@ -148,7 +151,7 @@ class Listener:
             self._open[connection] = None
             if len(self._open) > MAX_CONNECTIONS:
                 self._make_room()
-            hub.spawn(self._serve_one, connection, address, context)
+            hub.spawn(self._serve_one, connection, address, contexts)
 
     def _make_room(self) -> None:
         oldest = next((c for c in self._open if not c.finished), None)
@@ -157,11 +160,11 @@ class Listener:
             del self._open[oldest]
             oldest.end()
 
-    def _serve_one(self, connection: _Connection, address: Any, context: ssl.SSLContext | None) -> None:
+    def _serve_one(self, connection: _Connection, address: Any, contexts: _Following | None) -> None:
         hub.spawn_after(HANDSHAKE_S, self._check, connection)
         try:
-            if context is not None:
-                connection.sock = context.wrap_socket(connection.sock, server_side=True)
+            if contexts is not None:
+                connection.sock = contexts.now().wrap_socket(connection.sock, server_side=True)
             if connection.sock.family == socket.AF_UNIX:
                 connection.sock = _NotTcp(connection.sock)
             connection.datapath = Datapath(connection.sock, address)
@@ -197,21 +200,57 @@ class _NotTcp:
         return getattr(self._sock, name)
 
 
-def _context(address: Listen) -> ssl.SSLContext | None:
-    tls = address.tls
-    if tls is None:
+class _Following:
+    """The TLS context of an address, made anew when its files have changed. New ones that do not fit change nothing."""
+
+    def __init__(self, address: Listen, tls: Tls) -> None:
+        self._address, self._tls = address, tls
+        self._seen = self._look()
+        self._context = _context(address, tls)
+
+    def now(self) -> ssl.SSLContext:
+        """For a new connection."""
+        seen = self._look()
+        if seen != self._seen:
+            try:
+                self._context, self._seen = _context(self._address, self._tls), seen
+            except BulkheadError as exc:
+                LOG.warning("what was read before stays in use: %s", exc)
+        return self._context
+
+    def _look(self) -> list[tuple[int, int, int] | None]:
+        tls = self._tls
+        return [_stamp(path) for path in (tls.private_key, tls.certificate, tls.ca, tls.crl) if path is not None]
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
         return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _context(address: Listen, tls: Tls) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.verify_mode = ssl.CERT_REQUIRED
-    for path, what in ((tls.private_key, "private key"), (tls.certificate, "certificate"), (tls.ca, "CA certificate")):
+    files = {"private key": tls.private_key, "certificate": tls.certificate, "CA certificate": tls.ca}
+    if tls.crl is not None:
+        files["list of revocations"] = tls.crl
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+        context.num_tickets = 0  # a resumed session would not look at revocations again
+        context.options |= ssl.OP_NO_TICKET
+    for what, path in files.items():
         if not path.is_file():
             raise BulkheadError(f"{what} {path} is not a file")
     try:
         context.load_cert_chain(tls.certificate, tls.private_key)
         context.load_verify_locations(tls.ca)
+        if tls.crl is not None:
+            context.load_verify_locations(tls.crl)
     except (ssl.SSLError, OSError) as exc:
         raise BulkheadError(
-            f"{address}: key {tls.private_key}, certificate {tls.certificate} or CA {tls.ca} cannot be used: {exc}"
+            f"{address}: {', '.join(f'{what} {path}' for what, path in files.items())}: one cannot be used: {exc}"
         ) from exc
     return context

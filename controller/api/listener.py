@@ -45,6 +45,11 @@ def context(certificate: Path, private_key: Path) -> ssl.SSLContext:
     return made
 
 
+def _resolved(certificate: Path, private_key: Path) -> tuple[Path, Path]:
+    """The files themselves: a link to both may point elsewhere in a moment."""
+    return Path(os.path.realpath(certificate)), Path(os.path.realpath(private_key))
+
+
 def _no_password() -> str:
     raise ValueError("an encrypted key")
 
@@ -133,6 +138,9 @@ class Listener:
     ) -> None:
         self._settings, self._view, self._opened = settings, view, opened
         self._have: Listening | None = None
+        self._pair: tuple[Path, Path] | None = None
+        self._context: ssl.SSLContext | None = None
+        self._read: tuple[Path, Path] | None = None
         self._stop: Callable[[], None] = lambda: None
         self.why = ""
 
@@ -168,6 +176,7 @@ class Listener:
             have = ""
         found = await asyncio.to_thread(listening_socket, self._settings.run_dir, have)
         if found is None:
+            await asyncio.to_thread(self._renew)
             return
         if found.address != str(wanted.address):
             found.sock.close()
@@ -194,8 +203,20 @@ class Listener:
         private_key = self._settings.private_key or api.private_key
         if certificate is None or private_key is None:
             certificate, private_key = own_certificate(self._settings.state_dir, names)
-        LOG.warning("the API's certificate %s has fingerprint sha256:%s", certificate, fingerprint(certificate))
-        return context(certificate, private_key)
+        self._pair = certificate, private_key
+        self._read = _resolved(certificate, private_key)
+        self._context = context(*self._read)
+        LOG.warning("the API's certificate %s has fingerprint sha256:%s", certificate, fingerprint(self._read[0]))
+        return self._context
+
+    def _renew(self) -> None:
+        """Take up a pair that a link points at now, for new connections. Raises `BulkheadError` while it is not whole."""
+        if self._pair is None or self._context is None or (now := _resolved(*self._pair)) == self._read:
+            return
+        context(*now)  # in the one that is in use, a pair that does not fit would leave nothing
+        self._context.load_cert_chain(*now, password=_no_password)
+        self._read = now
+        LOG.warning("the API's certificate %s was renewed, fingerprint sha256:%s", self._pair[0], fingerprint(now[0]))
 
     def close(self) -> None:
         """Listen no more."""

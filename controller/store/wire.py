@@ -7,6 +7,7 @@ its own and in eventlet's loop alike. Imports problems.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -92,6 +93,7 @@ class Session:
         needs_tls = any(target.tls for _, target in self._targets)
         if needs_tls and tls is None:
             raise BulkheadError("an ssl: address of a store needs --private-key, --certificate and --ca")
+        self._files = tls
         self._context = _context(tls) if tls is not None and needs_tls else None
         self._database, self._tables, self._heard, self._leader_only = database, tables, heard, leader_only
         random.shuffle(self._targets)
@@ -249,7 +251,9 @@ class Session:
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._since = now
         if target.tls:
-            assert self._context is not None
+            assert self._context is not None and self._files is not None
+            with contextlib.suppress(BulkheadError):
+                self._context = _context(self._files)  # certificates are renewed; a half of a new pair can wait
             self._phase = "handshake"
             self._tls = self._context.wrap_bio(self._bio_in, self._bio_out)
             self._shake()

@@ -44,7 +44,7 @@ RANKS = (
     ("apiterm", "joinedevents"),
     ("agent",),
     ("lab",),
-    ("apicli", "checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli", "storecli"),
+    ("apicli", "checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli", "storecli", "pkicli"),
     ("containercli", "grantcli", "tokencli", "completioncli", "mcpcli"),
     ("cli",),
     ("__main__",),
