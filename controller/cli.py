@@ -24,6 +24,7 @@ from controller.apiterm import use_api, where_options
 from controller.asking import ask
 from controller.checkcli import check
 from controller.client import Where
+from controller.clientcli import client
 from controller.compile import BridgeCompiler, Compiled, Names, planned_ports
 from controller.completioncli import completion
 from controller.containercli import COMMANDS as CONTAINER_COMMANDS
@@ -57,6 +58,7 @@ from controller.terminal import (
 )
 from controller.tokencli import token
 from controller.verify.gate import try_proof
+from controller.unitscli import units
 from controller.vpncli import vpn
 from lab.cli import lab
 
@@ -74,9 +76,11 @@ main.add_command(verify_host)
 main.add_command(firewall)
 main.add_command(vpn)
 main.add_command(store)
+main.add_command(units)
 main.add_command(pki)
 main.add_command(apicli.api)
 main.add_command(completion)
+main.add_command(client)
 for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS, *CONTAINER_COMMANDS, grant, token, mcp):
     main.add_command(command)
 

@@ -67,6 +67,9 @@ class Kind(StrEnum):
     CERT_RENEWED = "cert_renewed"
     CERT_REVOKED = "cert_revoked"
     CA_ROTATED = "ca_rotated"
+    CLIENT_REGISTERED = "client_registered"
+    CLIENT_REVOKED = "client_revoked"
+    CLIENT_REFUSED = "client_refused"
     LOST = "lost"
     INTERNAL_ERROR = "internal_error"
 
@@ -97,6 +100,7 @@ _WARNINGS: Final = frozenset(
         Kind.API_DENIED,
         Kind.SERVICE_DOWN,
         Kind.CERT_EXPIRING,
+        Kind.CLIENT_REFUSED,
         Kind.LOST,
     }
 )

@@ -44,8 +44,8 @@ RANKS = (
     ("apiterm", "joinedevents"),
     ("agent",),
     ("lab",),
-    ("apicli", "checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli", "storecli", "pkicli"),
-    ("containercli", "grantcli", "tokencli", "completioncli", "mcpcli"),
+    ("apicli", "checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli", "storecli", "pkicli", "clientcli"),
+    ("containercli", "grantcli", "tokencli", "completioncli", "mcpcli", "unitscli", "networkcli", "incidentcli"),
     ("cli",),
     ("__main__",),
 )
