@@ -36,6 +36,7 @@ from controller.grantcli import grant
 from controller.hostcli import verify as verify_host
 from controller.mcpcli import mcp
 from controller.model import BridgeKind, DesiredState
+from controller.networkcli import verify_network_config
 from controller.pipeline import table_name
 from controller.pkicli import pki
 from controller.problems import BulkheadError
@@ -77,6 +78,7 @@ main.add_command(firewall)
 main.add_command(vpn)
 main.add_command(store)
 main.add_command(units)
+main.add_command(verify_network_config)
 main.add_command(pki)
 main.add_command(apicli.api)
 main.add_command(completion)
