@@ -34,6 +34,7 @@ from controller.eventverify import verify
 from controller.firewallcli import firewall
 from controller.grantcli import grant
 from controller.hostcli import verify as verify_host
+from controller.incidentcli import COMMANDS as INCIDENT_COMMANDS
 from controller.mcpcli import mcp
 from controller.model import BridgeKind, DesiredState
 from controller.networkcli import verify_network_config
@@ -58,8 +59,8 @@ from controller.terminal import (
     say,
 )
 from controller.tokencli import token
-from controller.verify.gate import try_proof
 from controller.unitscli import units
+from controller.verify.gate import try_proof
 from controller.vpncli import vpn
 from lab.cli import lab
 
@@ -83,7 +84,7 @@ main.add_command(pki)
 main.add_command(apicli.api)
 main.add_command(completion)
 main.add_command(client)
-for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS, *CONTAINER_COMMANDS, grant, token, mcp):
+for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS, *CONTAINER_COMMANDS, *INCIDENT_COMMANDS, grant, token, mcp):
     main.add_command(command)
 
 

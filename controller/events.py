@@ -70,6 +70,9 @@ class Kind(StrEnum):
     CLIENT_REGISTERED = "client_registered"
     CLIENT_REVOKED = "client_revoked"
     CLIENT_REFUSED = "client_refused"
+    SERVER_SEALED = "server_sealed"
+    SERVER_UNSEALED = "server_unsealed"
+    CHECK_FAILED = "check_failed"
     LOST = "lost"
     INTERNAL_ERROR = "internal_error"
 
@@ -100,6 +103,8 @@ _WARNINGS: Final = frozenset(
         Kind.API_DENIED,
         Kind.SERVICE_DOWN,
         Kind.CERT_EXPIRING,
+        Kind.SERVER_SEALED,
+        Kind.CHECK_FAILED,
         Kind.CLIENT_REFUSED,
         Kind.LOST,
     }

@@ -261,7 +261,7 @@ def test_probes_tell_open_from_closed_and_leave_nothing_even_when_killed() -> No
         rules = (
             "table inet t { chain input { type filter hook input priority 0; policy drop; iif lo accept;"
             " icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept; ct state established accept;"
-            " tcp dport { 22, 443 } accept; } }"
+            " tcp dport { 22, 443 } accept; }; }"
         )
         subprocess.run(place.command("nft", "-f", "-"), input=rules, text=True, check=True)
         listen = "import socket,time\nfor p in (443, 8001):\n s=socket.create_server(('::', p), family=socket.AF_INET6, dualstack_ipv6=True); globals()[f's{p}']=s\nprint(1, flush=True)\ntime.sleep(60)"
