@@ -379,7 +379,7 @@ def chores(
     if which != "minute":
         tasks |= {
             "access": lambda: _access(security_dir, notes),
-            "expiry": lambda: "; ".join(f"{d.what}: {d.why}" for d in report.due(security_dir / "pki")),
+            "expiry": lambda: "; ".join(f"{d.subject}: {d.why}" for d in report.due(security_dir / "pki")),
             "firewall": lambda: _text(firewall_difference(file)),
         }
     if which == "monthly":

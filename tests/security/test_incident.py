@@ -75,7 +75,7 @@ def test_recovery_killed_at_every_step_goes_on_in_order(tmp_path: Path) -> None:
         if child == 0:
             count = 0
 
-            def step(_what: str) -> None:
+            def step(_what: str, at: int = at) -> None:
                 nonlocal count
                 count += 1
                 if count == at:

@@ -228,18 +228,15 @@ class Seals:
     def _peers_of(self, seal: Seal) -> list[Peer]:
         """The WireGuard peers that may use an address of a server that is sealed."""
         sealed = [ip_network(p) for t in seal.targets if t.kind == "server" for p in t.prefixes]
-        try:
-            rows = {w: _call("wg", "show", "all", w) for w in ("allowed-ips", "endpoints", "persistent-keepalive")}
-        except BulkheadError:
-            return []  # no WireGuard here: the firewall has cut
         table: dict[tuple[str, str], dict[str, str]] = {}
-        for what, text in rows.items():
-            for interface, key, rest in (line.split("\t", 2) for line in text.splitlines()):
-                table.setdefault((interface, key), {})[what] = rest
+        for interface in _interfaces():
+            for what in ("allowed-ips", "endpoints", "persistent-keepalive"):
+                for key, _, rest in (
+                    line.partition("\t") for line in _call("wg", "show", interface, what).splitlines()
+                ):
+                    table.setdefault((interface, key), {})[what] = rest
         out = []
         for (interface, key), row in table.items():
-            if not _is_here(interface):
-                continue
             allowed = tuple(part for part in row.get("allowed-ips", "").split() if part != "(none)")
             nets = [ip_network(part, strict=False) for part in allowed]
             # A peer that also speaks for others is left: the firewall cuts the addresses that are sealed.
@@ -254,8 +251,11 @@ class Seals:
         path = self.directory / seal.id / "shared-keys.json"
         if not seal.peers or path.exists():
             return
-        lines = (line.split("\t") for line in _call("wg", "show", "all", "preshared-keys").splitlines())
-        kept = {key: shared for _, key, shared in lines if key in {p.key for p in seal.peers} and shared != "(none)"}
+        kept: dict[str, str] = {}
+        for interface in sorted({peer.interface for peer in seal.peers}):
+            lines = (line.split("\t") for line in _call("wg", "show", interface, "preshared-keys").splitlines())
+            mine = {peer.key for peer in seal.peers if peer.interface == interface}
+            kept |= {key: shared for key, shared in lines if key in mine and shared != "(none)"}
         self._disk.write(path, json.dumps(kept).encode())
 
     def _write(self, seal: Seal) -> None:
@@ -289,13 +289,14 @@ def table(seals: Iterable[Seal]) -> str:
     return f"{head}table inet {TABLE} {{\n{sets}{chains}}}\n"
 
 
-def _is_here(interface: str) -> bool:
-    """Whether an interface is in our network namespace: wireguard-go's are listed wherever they are."""
+def _interfaces() -> list[str]:
+    """The WireGuard interfaces of our network namespace: wireguard-go's are listed wherever they are."""
     try:
-        socket.if_nametoindex(interface)
-    except OSError:
-        return False
-    return True
+        listed = _call("wg", "show", "interfaces").split()
+    except BulkheadError:
+        return []  # no WireGuard on this host: the firewall has cut
+    here = {name for _index, name in socket.if_nameindex()}
+    return [name for name in listed if name in here]
 
 
 def _call(*command: str, text: str | None = None) -> str:
