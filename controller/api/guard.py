@@ -80,6 +80,7 @@ class Guard:
             if scope["method"] in CHANGING and not scope["path"].startswith("/mcp"):
                 receive = await self._body(headers, receive)
             scope["state"]["principal"] = principal
+            scope["state"]["still"] = lambda: self._still(scope, headers, peer)
             await self._app(scope, receive, answer)
         except ApiProblem as problem:
             await answer.problem(problem, close=problem.status in (408, 413))
@@ -131,6 +132,14 @@ class Guard:
                 raise too_many(late) from None
             raise
         return found
+
+    def _still(self, scope: Scope, headers: dict[bytes, bytes], peer: Peer) -> bool:
+        """Whether who asked may still have what they get, for answers that take long."""
+        try:
+            self._check_scope(scope, self._known(scope, headers, peer))
+        except ApiProblem:
+            return False
+        return True
 
     def _check_scope(self, scope: Scope, principal: Principal | None) -> None:
         needed = self._routes.needed(scope["method"], scope["path"])
