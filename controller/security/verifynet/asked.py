@@ -1,20 +1,14 @@
-"""What the section `security` of a state file asks of this machine, as far as it can be verified. Imports problems."""
+"""What the section `security` of a state file asks of this machine, as far as it can be verified. Imports profile."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
 from pathlib import Path
-from typing import Any
 
-import yaml
+from controller.security.profile import SSH_PORT, WG_PORT, load_profile
 
-from controller.problems import BulkheadError
-
-ROLES = ("dev", "router", "inference")
-WG_PORT = 51820
-SSH_PORT = 22
+__all__ = ["WG_PORT", "Asked", "Peer", "overlapping", "read_asked"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,41 +53,18 @@ class Asked:
 
 def read_asked(file: Path) -> Asked:
     """The profile in a state file. Raises `BulkheadError` where there is none, or it cannot be read."""
-    try:
-        whole = yaml.safe_load(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as exc:
-        raise BulkheadError(f"{file} cannot be read: {exc}; see what is wrong with it: bulkhead check {file}") from exc
-    section = whole.get("security") if isinstance(whole, dict) else None
-    if not isinstance(section, dict):
-        raise BulkheadError(f"{file} has no section security; add one: security: {{role: router, name: router1}}")
-    try:
-        return _read(section)
-    except (ValueError, TypeError, KeyError, AttributeError) as exc:
-        raise BulkheadError(
-            f"the section security of {file} cannot be understood ({exc}); see what is wrong: bulkhead check {file}"
-        ) from exc
-
-
-def _read(section: Mapping[str, Any]) -> Asked:
-    role = str(section["role"])
-    if role not in ROLES:
-        raise ValueError(f"role is {role}, not one of {', '.join(ROLES)}")
-    network = IPv4Network(section.get("network", "10.0.0.0/24"))
-    inference = section.get("inference") or {}
+    found = load_profile(file)
     return Asked(
-        role=role,
-        name=str(section.get("name", role)),
-        network=network,
-        address=IPv4Address(section.get("address", network[1])),
-        listen=int(section.get("listen", 443)),
-        names=tuple(str(name) for name in section.get("names") or ()),
-        peers=tuple(
-            Peer(str(peer["name"]), IPv4Address(peer["address"]), str(peer.get("public_key", "")))
-            for peer in section.get("peers") or ()
-        ),
-        socket=Path(inference.get("socket", "/run/inference.sock")),
-        group=str(inference.get("group", "")),
-        inference_port=int(inference.get("port", 8001)),
+        role=str(found.role),
+        name=found.name,
+        network=IPv4Network(str(found.network)),
+        address=IPv4Address(str(found.address)),
+        listen=found.listen,
+        names=found.names,
+        peers=tuple(Peer(one.name, IPv4Address(str(one.address)), one.public_key or "") for one in found.peers),
+        socket=found.socket,
+        group=found.socket_group,
+        inference_port=found.inference_port,
     )
 
 
