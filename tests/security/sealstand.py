@@ -60,6 +60,11 @@ def state() -> tuple[list[str], str]:
     return lines, run("nft", "list", "ruleset")
 
 
+def _late() -> bytes:
+    time.sleep(2)
+    return b"late"
+
+
 def quick() -> Collection:
     return Collection((Source("one.txt", lambda: b"seen"), Source("broken.txt", lambda: 1 // 0)))  # type: ignore[arg-type, return-value]
 
@@ -142,7 +147,7 @@ def case_evidence() -> None:
     (security / "pki/current/me/cert.pem").write_text("-----BEGIN CERTIFICATE-----\n")
     (security / "pki/current/me/key.pem").write_text("-----BEGIN PRIVATE KEY-----\nhidden\n")
     (security / "pki/both.pem").write_text("-----BEGIN PRIVATE KEY-----\nhidden\n")
-    slow = Source("slow.txt", lambda: (time.sleep(2), b"late")[1])
+    slow = Source("slow.txt", _late)
     with tunnel():
         collection = Collection((*host_sources(None, security, []), slow))
         made = Seals(directory).seal(TARGETS, "test", collection)

@@ -236,7 +236,12 @@ def test_the_profile_is_read_and_a_wrong_one_is_told(tmp_path: Path) -> None:
     file = tmp_path / "state.yaml"
     file.write_text("security: {role: inference, name: i, address: 10.0.0.2, peers: [{name: r, address: 10.0.0.1}]}\n")
     found = read_asked(file)
-    assert (found.role, str(found.address), found.udp, found.peers[0].name) == ("inference", "10.0.0.2", {51820}, "r")
+    assert (found.role, str(found.address), found.udp, found.peers[0].name) == (
+        "inference",
+        "10.0.0.2",
+        frozenset({51820}),
+        "r",
+    )
 
 
 # - the real thing

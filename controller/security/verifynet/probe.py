@@ -42,7 +42,6 @@ def neighbour() -> Iterator[tuple[int, str, str]]:
         inside = ["nsenter", f"--net=/proc/{holder.pid}/ns/net"]
         # The pair is made with one end inside at once: there is no moment when a kill would leave it here.
         _run("ip", "link", "add", device, "type", "veth", "peer", "name", "eth0", "netns", str(holder.pid))
-        _run("sysctl", "-qw", f"net/ipv4/conf/{device}/rp_filter=0")
         _batch(
             [],
             f"addr add {ours}/30 dev {device}\naddr add {ours6}/126 dev {device} nodad\nlink set {device} up\n",
