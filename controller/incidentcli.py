@@ -272,7 +272,7 @@ def recovery(seals: Seals, one: Seal, file: Path, security_dir: Path, root: Path
         found = {name: holder.current(name) for name in holder.names()}
         # A certificate is made valid a little before it is made.
         old = [
-            n for n, c in found.items() if c is not None and c.not_valid_before_utc < sealed - dt.timedelta(minutes=10)
+            n for n, c in found.items() if c is not None and c.not_valid_before_utc < sealed - dt.timedelta(minutes=5)
         ]
         return f"from before the incident: {', '.join(old)}" if old else ""
 
