@@ -34,8 +34,10 @@ from controller.eventverify import verify
 from controller.firewallcli import firewall
 from controller.grantcli import grant
 from controller.hostcli import verify as verify_host
+from controller.incidentcli import COMMANDS as INCIDENT_COMMANDS
 from controller.mcpcli import mcp
 from controller.model import BridgeKind, DesiredState
+from controller.networkcli import verify_network_config
 from controller.pipeline import table_name
 from controller.pkicli import pki
 from controller.problems import BulkheadError
@@ -58,6 +60,7 @@ from controller.terminal import (
     say,
 )
 from controller.tokencli import token
+from controller.unitscli import units
 from controller.verify.gate import try_proof
 from controller.vpncli import vpn
 from controller.wgcli import wg
@@ -77,12 +80,24 @@ main.add_command(verify_host)
 main.add_command(firewall)
 main.add_command(vpn)
 main.add_command(store)
+main.add_command(units)
+main.add_command(verify_network_config)
 main.add_command(pki)
 main.add_command(wg)
 main.add_command(apicli.api)
 main.add_command(completion)
 main.add_command(client)
-for command in (check, *PROOF_COMMANDS, *agentcli.COMMANDS, *CONTAINER_COMMANDS, *ROUTER_COMMANDS, grant, token, mcp):
+for command in (
+    check,
+    *PROOF_COMMANDS,
+    *agentcli.COMMANDS,
+    *CONTAINER_COMMANDS,
+    *ROUTER_COMMANDS,
+    *INCIDENT_COMMANDS,
+    grant,
+    token,
+    mcp,
+):
     main.add_command(command)
 
 

@@ -36,6 +36,7 @@ from controller.signals import (
     PacketSeen,
     PortChanged,
     Refused,
+    Seal,
     SendPacket,
     Signal,
     StateLoaded,
@@ -89,6 +90,7 @@ class Core:
             FactsSeen: self._facts_seen,
             EgressHealth: self._egress_health,
             SwitchError: self._switch_error,
+            Seal: self._seal,
             Unseal: self._unseal,
             Tick: self._tick,
         }
@@ -544,6 +546,13 @@ class Core:
             sealed |= found
             switch.flows.desired = self._compile_or_keep(switch, out)
         return out
+
+    def _seal(self, seal: Seal, now: float) -> Effects:
+        switch = self.by_name(seal.bridge)
+        if switch is None or seal.port not in switch.ports or seal.port in self._sealed.get(seal.bridge, ()):
+            return []
+        self._sealed.setdefault(seal.bridge, set()).add(seal.port)
+        return [self.wording.sealed(switch, seal.port), *self._want(switch, now)]
 
     def _unseal(self, unseal: Unseal, now: float) -> Effects:
         switch = self.by_name(unseal.bridge)

@@ -72,6 +72,9 @@ class Kind(StrEnum):
     CLIENT_REFUSED = "client_refused"
     UPSTREAM_UP = "upstream_up"
     UPSTREAM_DOWN = "upstream_down"
+    SERVER_SEALED = "server_sealed"
+    SERVER_UNSEALED = "server_unsealed"
+    CHECK_FAILED = "check_failed"
     LOST = "lost"
     INTERNAL_ERROR = "internal_error"
 
@@ -104,6 +107,8 @@ _WARNINGS: Final = frozenset(
         Kind.CERT_EXPIRING,
         Kind.CLIENT_REFUSED,
         Kind.UPSTREAM_DOWN,
+        Kind.SERVER_SEALED,
+        Kind.CHECK_FAILED,
         Kind.LOST,
     }
 )

@@ -58,11 +58,12 @@ def verify(
     if as_json:
         print_json({"exit_code": code, "checks": [finding.as_dict() for finding in findings]})
     else:
-        _print(findings, VERDICTS[code])
+        print_findings(findings, VERDICTS[code])
     sys.exit(code)
 
 
-def _print(findings: Iterable[Finding], verdict: str) -> None:
+def print_findings(findings: Iterable[Finding], verdict: str) -> None:
+    """The lines as a table, then what to do, then the verdict."""
     every = tuple(findings)
     grid = columns("CHECK", "STATUS", "SEEN")
     for finding in every:

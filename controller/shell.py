@@ -54,6 +54,7 @@ from controller.signals import (
     Log,
     PacketSeen,
     PortChanged,
+    Seal,
     Signal,
     StateLoaded,
     StateRejected,
@@ -342,10 +343,16 @@ class Bulkhead(app_manager.OSKenApp):  # type: ignore[misc]
             self._plan(Path(str(question.get("file", ""))), reply)
         elif ask == "unseal":
             self._unseal(str(question.get("bridge", "")), str(question.get("port", "")), reply)
+        elif ask == "seal-network":
+            self._seal_network(str(question.get("network", "")), question.get("sealed"), reply)
         elif ask == "health":
             self._health(str(question.get("network", "")), question.get("healthy"), reply)
         else:
-            reply({"error": f"unknown question {json.dumps(ask)[:80]}; expected status, flows, plan, unseal or health"})
+            reply(
+                {
+                    "error": f"unknown question {json.dumps(ask)[:80]}; expected status, flows, plan, unseal, seal-network or health"
+                }
+            )
 
     def _health(self, network: str, healthy: object, reply: Callable[[dict[str, Any]], None]) -> None:
         known = [one.name for one in self.core.state.networks if one.egress is not None]
@@ -364,6 +371,24 @@ class Bulkhead(app_manager.OSKenApp):  # type: ignore[misc]
             return
         self.feed(Unseal(bridge, port))
         reply({"bridge": bridge, "port": port, "sealed": False})
+
+    def _seal_network(self, network: str, sealed: object, reply: Callable[[dict[str, Any]], None]) -> None:
+        """Close every port of every bridge of a network, or open those that are closed."""
+        bridges = [one.name for one in self.core.state.bridges if one.network == network]
+        if not bridges or not isinstance(sealed, bool):
+            there = ", ".join(one.name for one in self.core.state.networks) or "none"
+            reply({"error": f"no network {network!r} with a bridge, or no true or false; there are: {there}"})
+            return
+        had, changed = self.core.sealed(), []
+        for bridge in bridges:
+            switch = self.core.by_name(bridge)
+            ports = list(switch.ports) if switch is not None and sealed else had.get(bridge, [])
+            for port in ports:
+                if (port in had.get(bridge, [])) is not sealed:
+                    self.feed(Seal(bridge, port) if sealed else Unseal(bridge, port))
+                    changed.append(f"{bridge} {port}")
+        gone = [bridge for bridge in bridges if self.core.by_name(bridge) is None]
+        reply({"network": network, "sealed": sealed, "ports": changed, "not_connected": gone})
 
     def _plan(self, path: Path, reply: Callable[[dict[str, Any]], None]) -> None:
         try:

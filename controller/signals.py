@@ -153,6 +153,14 @@ class SwitchError:
 
 
 @dataclass(frozen=True, slots=True)
+class Seal:
+    """An operator says that nothing may come in by a port of a bridge until it is unsealed."""
+
+    bridge: str
+    port: str
+
+
+@dataclass(frozen=True, slots=True)
 class Unseal:
     """An operator says that a sealed port of a bridge may be used again."""
 
@@ -181,6 +189,7 @@ Signal = (
     | FactsSeen
     | EgressHealth
     | SwitchError
+    | Seal
     | Unseal
     | Tick
 )

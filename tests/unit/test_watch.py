@@ -8,7 +8,7 @@ from dataclasses import replace
 from controller import fields
 from controller.events import Event, Kind
 from controller.flow import Flow, Load, Match, Output, whole
-from controller.signals import Unseal
+from controller.signals import Seal, Unseal
 from tests.fakes.states import started
 from tests.fakes.switch import Dropped, FakeSwitch, Sent, Wired
 
@@ -128,6 +128,18 @@ def test_cleared_too_early_it_is_sealed_again() -> None:
     wired.wait(2)
     wired.say(Unseal("vmbr0", "veth102"))
     assert about_leaks(wired.wait(2)) == [Kind.LEAK, Kind.SEALED, Kind.LEAK_CLOSED]
+
+
+def test_an_operator_seals_a_port_that_leaks_nothing() -> None:
+    wired, switches = started()
+    switch = switches["vmbr0"]
+    assert isinstance(out_of_a_container(wired, switch), Sent)
+    assert about_leaks(wired.say(Seal("vmbr0", "veth102"))) == [Kind.SEALED]
+    assert isinstance(out_of_a_container(wired, switch), Dropped)
+    assert wired.say(Seal("vmbr0", "veth102")) == []
+    assert wired.say(Seal("vmbr0", "nothing")) == []
+    assert about_leaks(wired.say(Unseal("vmbr0", "veth102"))) == [Kind.UNSEALED]
+    assert isinstance(out_of_a_container(wired, switch), Sent)
 
 
 def test_without_being_asked_nothing_is_sealed() -> None:
