@@ -13,8 +13,7 @@ import click
 
 from controller.agent import trial
 from controller.agent.hosttable import wanted_host_table
-from controller.agent.nft import first_difference, listing
-from controller.firewallcli import as_printed
+from controller.agent.nft import as_printed, first_difference, listing
 from controller.hostcli import VERDICTS, print_findings
 from controller.problems import BulkheadError
 from controller.security.verifynet import Seen, exit_code, gather, judge, read_asked
