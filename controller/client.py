@@ -29,6 +29,8 @@ LATER_S = 15.0
 """How much longer than the API itself we wait for its answer: it then takes back what it could not do."""
 AGAIN_S = 10.0
 """How long a request is repeated whose connection broke, as while the API is started anew."""
+FOLLOW_S = 60.0
+"""The same of following events: whoever follows has time."""
 _TOKEN = re.compile(r"[A-Za-z0-9_.~+/=-]{8,512}", re.ASCII)
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _STARTS = "Start one with: bulkhead up FILE, or bulkhead api FILE; or say where it is with --run-dir or --api"
@@ -253,6 +255,8 @@ class Api:
                 with self._http.stream(
                     "GET", "/api/events/stream", params=given(params), headers=headers, timeout=timeout
                 ) as response:
+                    if response.status_code in (429, 503):  # it may have just been started, or be about to stop
+                        raise httpx.ReadError(f"status {response.status_code}")
                     if response.status_code != 200:
                         content = response.read()
                         answer(response.status_code, response.headers.get("content-type", ""), content)
@@ -263,7 +267,7 @@ class Api:
             except httpx.TransportError as exc:
                 failed_at = failed_at or time.monotonic()
                 first = isinstance(exc, httpx.ConnectError) and not after
-                if first or time.monotonic() - failed_at > AGAIN_S:
+                if first or time.monotonic() - failed_at > FOLLOW_S:
                     raise no_api(self.where, exc, "") from exc
             time.sleep(0.5)
 

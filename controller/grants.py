@@ -7,14 +7,18 @@ function of the state alone, so that the controller and the agent find the same 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import wraps
+from typing import NamedTuple, TypeVar
 
 from controller.model import Bridge, BridgeKind, DesiredState, Grant, Member, Network, Protocol
 
 ZONES = range(0xB000, 0xC000)
 """Zones of connection tracking that are ours: one for each socket bridge. The datapath has them in common with others."""
+
+
+_T = TypeVar("_T")
 
 
 class Passage(NamedTuple):
@@ -49,6 +53,22 @@ class Opening:
         return self.source.id, self.target.id, self.protocol, self.port
 
 
+def _remembering(function: Callable[[DesiredState], _T]) -> Callable[[DesiredState], _T]:
+    """The same, not found out again for the very state that was asked about last: many ask, one after the other."""
+    last: list[tuple[DesiredState, _T]] = []
+
+    @wraps(function)
+    def answer(state: DesiredState) -> _T:
+        known = next((found for of, found in last if of is state), None)
+        if known is None:
+            known = function(state)
+            last[:] = [(state, known)]
+        return known
+
+    return answer
+
+
+@_remembering
 def openings(state: DesiredState) -> tuple[Opening, ...]:
     """What is open on this node, once for each cell. A grant that cannot be here opens nothing (see `why_not`)."""
     if not state.grants:
@@ -89,6 +109,7 @@ def _order(grant: Grant) -> tuple[int, str]:
     return len(grant.id), grant.id
 
 
+@_remembering
 def passages(state: DesiredState) -> tuple[Passage, ...]:
     """The pairs of patch ports that the grants need, in order of their bridges."""
     pairs = sorted({tuple(sorted((o.source_bridge, o.target_bridge))) for o in openings(state)})
@@ -132,7 +153,8 @@ def passage_ports(state: DesiredState, bridge: str) -> dict[str, str]:
     return out
 
 
-def zones(state: DesiredState) -> dict[str, int]:
+@_remembering
+def zones(state: DesiredState) -> Mapping[str, int]:
     """The zone of each socket bridge: the same every time, and no two of a node alike."""
     found: dict[str, int] = {}
     for name in sorted(bridge.name for bridge in state.bridges if _is_socket(bridge)):

@@ -1,7 +1,7 @@
 """What a state file means for the host: tunnels, legs, containers, names, firewall.
 
 `derive_host` works on networks that were derived already, and says what is wrong with the rest as `statederive` does.
-Imports hostmodel, model, notes and stateschema.
+Imports hostmodel, model, notes, securityderive and stateschema.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from controller.hostmodel import (
 )
 from controller.model import Ipv4, Mac, Member, Network, Prefix, Role, Service
 from controller.notes import Notes
+from controller.securityderive import derive_profile, role_firewall
 from controller.stateschema import IFNAMSIZ, ContainerSpec, NetmakerNetwork, PeerSpec, StateSpec, WarpTunnel
 
 API_PORTS = (8006, 9573, 9574)
@@ -82,6 +83,7 @@ def derive_host(
     missing for another reason."""
     legs = tuple(_legs(notes, spec, networks))
     zones = tuple(_zones(notes, spec, networks))
+    profile = derive_profile(notes, spec, networks)
     return HostState(
         datapath=Datapath(spec.host.datapath),
         uplinks=tuple(spec.host.uplinks),
@@ -94,9 +96,10 @@ def derive_host(
         containers=tuple(_containers(notes, containers, networks, {zone.network: zone.address for zone in zones})),
         vpn=_vpn(notes, spec, networks, zones),
         zones=zones,
-        firewall=_firewall(notes, spec, networks),
+        firewall=_firewall(notes, spec, networks) if profile is None else role_firewall(profile, _listening(spec)),
         api=_api(notes, spec, networks, whole=whole),
         checks=tuple(_checks(notes, networks, containers)),
+        security=profile,
     )
 
 
@@ -332,13 +335,17 @@ def _firewall(notes: Notes, spec: StateSpec, networks: Sequence[Network]) -> Fir
         where = f"{path}.allowedTCPPorts[{declared.allowedTCPPorts.index(port)}]"
         fix = "Reachable from loopback and trusted interfaces alone: whoever reaches it controls the node."
         notes.warn("api-port-open", where, f"port {port} open to the world", "not from everywhere", fix)
-    listening = [joined.listen_port for joined in spec.netmaker.networks if joined.listen_port is not None]
     return Firewall(
         tcp=tuple(port for port in dict.fromkeys(declared.allowedTCPPorts) if port not in local),
-        udp=tuple(dict.fromkeys((*declared.allowedUDPPorts, *listening))),
+        udp=tuple(dict.fromkeys((*declared.allowedUDPPorts, *_listening(spec)))),
         local_tcp=tuple(dict.fromkeys(local)),
         trusted=tuple(dict.fromkeys(declared.trustedInterfaces)),
     )
+
+
+def _listening(spec: StateSpec) -> list[int]:
+    """Where the meshes' own tunnels listen."""
+    return [joined.listen_port for joined in spec.netmaker.networks if joined.listen_port is not None]
 
 
 # The API, and the health of services.

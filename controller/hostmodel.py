@@ -118,7 +118,8 @@ class Container:
     """How a member of a network is run. `id` is the member's.
 
     `command` is the program of a `netns` container, restarted when it ends; `template` or `rootfs` make a `lxc` one.
-    Containers start in rising `order`, then by id. `dns` are its resolvers.
+    Containers start in rising `order`, then by id. `dns` are its resolvers. A `confined` one was not declared by root: its
+    program has no rights on the host.
     """
 
     id: str
@@ -129,6 +130,7 @@ class Container:
     rootfs: Path | None = None
     order: int = 0
     dns: tuple[Ipv4, ...] = ()
+    confined: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,14 +163,112 @@ class Zone:
 
 
 @dataclass(frozen=True, slots=True)
+class TunnelNetwork:
+    """A network that is reached through tunnels of the host itself: its prefix, the host's own address, and the
+    tunnels' interfaces."""
+
+    prefix: Prefix
+    address: Ipv4
+    interfaces: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Firewall:
     """What of the host itself can be reached. `tcp` and `udp` from anywhere; `local_tcp` from loopback and `trusted`
-    interfaces alone; what comes in by a trusted interface is accepted."""
+    interfaces alone; `inner` TCP ports by the tunnel alone; what comes in by a trusted interface is accepted. Some of
+    what is dropped is logged if `log` says so.
+
+    What is of the network `tunnel` travels through its interfaces alone, and is not forwarded.
+    """
 
     tcp: tuple[int, ...] = ()
     udp: tuple[int, ...] = ()
     local_tcp: tuple[int, ...] = ()
     trusted: tuple[str, ...] = ()
+    tunnel: TunnelNetwork | None = None
+    inner: tuple[int, ...] = ()
+    log: bool = False
+
+
+class SecurityRole(StrEnum):
+    """What a machine is to the security guide: both services on one machine, the router, or a server behind it."""
+
+    DEV = "dev"
+    ROUTER = "router"
+    INFERENCE = "inference"
+
+
+@dataclass(frozen=True, slots=True)
+class SecurityPeer:
+    """Another server of the WireGuard network. `endpoint` is where it listens, `public_key` its key; both may come from
+    what it has handed over instead (`bulkhead wg add`)."""
+
+    name: str
+    address: Ipv4
+    endpoint: Endpoint | None = None
+    public_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the router takes: bytes of a request's body, seconds for a whole request and without a byte, requests at a
+    time, and requests of one client per second."""
+
+    body_bytes: int = 1 << 20
+    request_s: float = 600.0
+    idle_s: float = 60.0
+    concurrency: int = 256
+    per_client_per_s: float = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """The section `security`: this machine's part in the security guide.
+
+    `name` is what it is called in certificates and by its peers, `names` what clients call the router. `network` is that
+    of WireGuard and `address` its own there; in the role `dev` there is no WireGuard, and nothing uses them. `listen` is
+    the router's port. The inference server is at `socket` for members of `socket_group` in the role `dev`, else at
+    `inference_port` of the peers.
+    """
+
+    role: SecurityRole
+    name: str
+    network: Prefix
+    address: Ipv4
+    listen: int = 443
+    names: tuple[str, ...] = ()
+    peers: tuple[SecurityPeer, ...] = ()
+    socket: Path = Path("/run/inference.sock")
+    socket_group: str = "router"
+    inference_port: int = 8001
+    limits: Limits = Limits()
+    log_dropped: bool = False
+
+    @property
+    def routes(self) -> bool:
+        """Whether the router runs here."""
+        return self.role is not SecurityRole.INFERENCE
+
+    @property
+    def has_wireguard(self) -> bool:
+        """Whether the machine is in the WireGuard network."""
+        return self.role is not SecurityRole.DEV
+
+    @property
+    def tcp(self) -> tuple[int, ...]:
+        """TCP ports that anybody may reach."""
+        return (SSH_PORT, self.listen) if self.routes else (SSH_PORT,)
+
+    @property
+    def udp(self) -> tuple[int, ...]:
+        """UDP ports that anybody may reach."""
+        return (WG_PORT,) if self.has_wireguard else ()
+
+
+SSH_PORT, WG_PORT = 22, 51820
+WG_INTERFACE, WG_SPARE = "bulkhead-wg0", "bulkhead-wg1"
+"""Of the WireGuard network between servers. The spare one is there while a key is replaced."""
+WG_INTERFACES = (WG_INTERFACE, WG_SPARE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +321,7 @@ class HostState:
     firewall: Firewall | None = None
     api: Api = Api()
     checks: tuple[Check, ...] = ()
+    security: Profile | None = None
 
     def container(self, member_id: str) -> Container:
         """The container that is that member. Raises `KeyError`."""

@@ -81,7 +81,8 @@ class ClientRecord:
 class GrantRecord:
     """Permission for one flow across two networks: from container `source` to `port` of container `target`, by id.
 
-    `duration_s` counts from the approval, which sets `expires_at` (0 before).
+    `duration_s` counts from the approval, which sets `expires_at` (0 before). `node` is whose containers they are: another
+    one's state file may give the same ids to others.
     """
 
     id: str
@@ -98,6 +99,7 @@ class GrantRecord:
     decided_at: float = 0.0
     expires_at: float = 0.0
     revision: int = 0
+    node: str = ""
 
     def open_at(self, now: float) -> bool:
         """Whether it lets anything through at `now`."""

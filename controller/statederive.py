@@ -75,7 +75,7 @@ def derive(
     _unique_services(notes, containers)
     _unique_datapath_ids(notes, spec)
     # Networks follow from everything but containers and flows; with a part of that missing, they would be wrong.
-    if checked.damaged - {"lxc", "openflow", "api"}:
+    if checked.damaged - {"lxc", "openflow", "api", "security"}:
         return DesiredState(), HostState(), notes.problems
     networks = _Derivation(spec, notes, containers, whole=not checked.damaged).networks()
     _unique_ports(notes, networks, containers)

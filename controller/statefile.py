@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from controller import records as stored
 from controller import statederive, stateschema, statetext
-from controller.hostmodel import HostState
+from controller.hostmodel import Container, HostState
 from controller.model import DesiredState, Grant
 from controller.problems import InvalidInput, Problem, Severity, error
 from controller.records import ContainerRecord, GrantRecord, Records
@@ -75,11 +75,12 @@ class Source:
             refused += guilty.items()
             found = [(name, spec) for name, spec in found if name not in guilty]
         ordered = tuple(sorted((*self.problems, *problems), key=_place))
-        granted, strays = _grants(records, state, now)
+        granted, strays = _grants(records, node, state, now)
         state = replace(state, grants=tuple(Grant(g.id, g.source, g.target, g.protocol, g.port) for g in granted))
         there = frozenset((*(name for name, _ in found), *map(stored.key, granted)))
         until = min((grant.expires_at for grant in granted), default=None)
         whole = replace(state, digest=digest(state))
+        host = replace(host, containers=tuple(_confined(one, there) for one in host.containers))
         return Loaded(whole, ordered, host, (*refused, *strays), there, until)
 
 
@@ -108,6 +109,11 @@ def _source(text: str, source: str) -> Source:
     if any(problem.severity is Severity.ERROR for problem in everything):
         raise InvalidInput(source, everything)
     return Source(source, checked, tuple(problems), state)
+
+
+def _confined(container: Container, there: frozenset[str]) -> Container:
+    """Who may make containers by the API is not root for that; whoever writes the file is."""
+    return replace(container, confined=f"container/{container.id}" in there)
 
 
 def _overlay(
@@ -144,18 +150,19 @@ def _overlay(
     return found, refused
 
 
-def _grants(records: Records, state: DesiredState, now: float) -> tuple[list[GrantRecord], list[tuple[str, Problem]]]:
-    """The grants that are open here now, and those that cannot be."""
+def _grants(
+    records: Records, node: str, state: DesiredState, now: float
+) -> tuple[list[GrantRecord], list[tuple[str, Problem]]]:
+    """The grants of a node that are open now, and those that cannot be."""
     network_of = {member.id: network.name for network in state.networks for member in network.members}
     good: list[GrantRecord] = []
     refused = []
     for grant in records.grants:
-        ends = [end for end in (grant.source, grant.target) if end in network_of]
-        if not grant.open_at(now) or not ends:
+        missing = next((end for end in (grant.source, grant.target) if end not in network_of), None)
+        if not grant.open_at(now) or grant.node != node:
             continue
         name = stored.key(grant)
-        if len(ends) == 1:
-            missing = grant.target if ends[0] == grant.source else grant.source
+        if missing is not None:
             fix = "A grant joins two containers of one node; revoke it, or move the container."
             refused.append((name, error("stray-grant", name, f"container {missing}", "a container of this node", fix)))
         elif network_of[grant.source] == network_of[grant.target]:

@@ -30,6 +30,7 @@ MAX_FLOW_LENGTH: Final = 2048
 MAX_FLOWS: Final = 4096
 MAX_NETWORKS: Final = 64
 MAX_CONTAINERS: Final = 60_000
+MAX_PEERS: Final = 1024
 MAX_PROBLEMS: Final = 1000
 # A did-you-mean costs a comparison with every candidate; a file of nonsense gets none after this many.
 _MAX_GUESSES: Final = 50
@@ -49,6 +50,7 @@ _ID_RANGE: Final = re.compile(r"([1-9][0-9]{0,8})\s*-\s*([1-9][0-9]{0,8})")
 _WG_KEY: Final = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
 _ENDPOINT: Final = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?):([0-9]{1,5})")
 _CHECK: Final = re.compile(r"tcp|http:/[!-~]*")
+_ACCOUNT: Final = re.compile(r"[a-z_][a-z0-9_-]{0,30}")
 _DATAPATH_ID: Final = re.compile(r"[0-9A-Fa-f]{16}")
 # The kernel refuses '/', ':' and white space, and expands '%'; the rest would need quoting in a flow.
 _INTERFACE: Final = re.compile(r"[A-Za-z0-9_.+@~^!#$&*;<>?|{}-]+")
@@ -217,6 +219,13 @@ def _check(value: object) -> str:
     return text
 
 
+def _account(value: object) -> str:
+    text = _text(value)
+    if not _ACCOUNT.fullmatch(text):
+        raise _bad("bad-name", "the name of a group", "Use up to 31 small letters, digits, '_' and '-'.")
+    return text
+
+
 def _flow(value: object) -> str:
     text = _text(value).strip()
     if len(text) > MAX_FLOW_LENGTH or not text.isascii() or not text.isprintable():
@@ -262,6 +271,7 @@ FilePath = Annotated[Path, *_notation(_file, "/.*")]
 AnyAddress = Annotated[tuple[Ipv4, int], *_notation(_any_address, None)]
 AllowedCidr = Annotated[Prefix, *_notation(_allowed, _CIDR.pattern)]
 CheckText = Annotated[str, *_notation(_check, _CHECK.pattern, maxLength=256)]
+AccountName = Annotated[str, *_notation(_account, _ACCOUNT.pattern)]
 Domain = Annotated[str, *_notation(_domain, None, maxLength=253)]
 
 
@@ -504,6 +514,48 @@ class ApiSpec(_Spec):
     private_key: FilePath | None = None
 
 
+class SecurityPeerSpec(_Spec):
+    """Another server of the WireGuard network; endpoint and key may come from what it has handed over instead."""
+
+    name: Label
+    address: Address
+    endpoint: EndpointText | None = None
+    public_key: WireguardKey | None = None
+
+
+class InferenceSpec(_Spec):
+    """Where the inference server is: a unix socket on a development machine, else a port of the WireGuard network."""
+
+    socket: FilePath = Path("/run/inference.sock")
+    group: AccountName = "router"
+    port: PortNumber = 8001
+
+
+class LimitsSpec(_Spec):
+    """What the router takes, and for how long."""
+
+    body_bytes: Annotated[int, Field(gt=0, le=1 << 40)] = 1 << 20
+    request_s: Annotated[float, Field(gt=0, le=86_400)] = 600
+    idle_s: Annotated[float, Field(gt=0, le=86_400)] = 60
+    concurrency: Annotated[int, Field(gt=0, le=1_000_000)] = 256
+    per_client_per_s: Annotated[float, Field(gt=0, le=1_000_000)] = 20
+
+
+class SecuritySpec(_Spec):
+    """This machine's part in the security guide."""
+
+    role: Literal["dev", "router", "inference"]
+    name: Label | None = Field(default=None, description="in certificates and among peers; the role if left out")
+    network: Cidr | None = Field(default=None, description="WireGuard's; 10.0.0.0/24 if left out")
+    address: Address | None = Field(default=None, description="its own there; the network's first for a router")
+    listen: PortNumber = Field(default=443, description="the router's TLS port")
+    names: list[Domain] = Field(default=[], description="DNS names of the router")
+    peers: list[SecurityPeerSpec] = Field(default=[], max_length=MAX_PEERS)
+    inference: InferenceSpec = InferenceSpec()
+    limits: LimitsSpec = LimitsSpec()
+    log_dropped: bool = Field(default=False, description="log some of the packets that the firewall drops")
+
+
 class StateSpec(_Spec):
     """Everything a state file can say."""
 
@@ -516,6 +568,7 @@ class StateSpec(_Spec):
     openflow: Openflow = Openflow()
     lxc: Lxc = Lxc()
     api: ApiSpec = ApiSpec()
+    security: SecuritySpec | None = None
 
 
 def json_schema() -> dict[str, Any]:
@@ -634,6 +687,7 @@ def _prune(value: Any, cuts: _Trie) -> Any:
 _TYPES: Final = {
     "string_type": "text",
     "int_type": "a whole number",
+    "float_type": "a number",
     "bool_type": "true or false",
     "list_type": "a list",
     "dict_type": "a mapping",
@@ -671,6 +725,8 @@ def _problem(detail: ErrorDetails, guesses: _Guesses) -> Problem:
         return error("missing-key", path, "nothing", f"the key {loc[-1]}", "Add it.")
     if kind == "literal_error":
         return error("bad-value", path, found, str(context["expected"]), "Choose one of them.")
+    if kind == "greater_than":
+        return error("out-of-range", path, found, "a number above 0", "Choose one in that range.")
     if kind in ("greater_than_equal", "less_than_equal"):
         low, high = context.get("ge"), context.get("le")
         limit = f"a number of at least {low}" if high is None else f"a number of at most {high}"

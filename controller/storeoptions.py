@@ -15,6 +15,7 @@ import click
 
 from controller.asking import ask
 from controller.problems import BulkheadError
+from controller.terminal import reporting
 
 if TYPE_CHECKING:
     from controller.statefile import Loaded
@@ -79,6 +80,11 @@ def store_options(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def wrapped(*args: Any, store: str, node: str, **kwargs: Any) -> None:
+        with reporting():
+            given = options_of(store, node, kwargs)
+        function(*args, store=given, **kwargs)
+
+    def options_of(store: str, node: str, kwargs: dict[str, Any]) -> StoreOptions:
         files = [kwargs.pop(name.replace("-", "_")) for name in _FILES]
         if any(files) and not all(files):
             raise BulkheadError("--store-private-key, --store-certificate and --store-ca go together; give all three")
@@ -88,8 +94,7 @@ def store_options(function: Callable[..., None]) -> Callable[..., None]:
                 raise BulkheadError(f"--store: {address!r}; expected unix:PATH, tcp:HOST:PORT or ssl:HOST:PORT")
             if address.startswith("ssl:") and not all(files):
                 raise BulkheadError(f"--store: {address} needs --store-private-key, --store-certificate and --store-ca")
-        given = StoreOptions(node, addresses, tuple(files) if all(files) else ())
-        function(*args, store=given, **kwargs)
+        return StoreOptions(node, addresses, tuple(files) if all(files) else ())
 
     options = [
         click.option(

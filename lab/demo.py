@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import configparser
 import json
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 
-from lab import manager, places
+from lab import manager
+from lab.asks import PROGRAM, Ask, Desk, created
 from lab.traffic import Left, Result, Traffic, Try
 
 WORLD, WORLD_IPV6 = "198.51.100.10", "2001:db8:7::2"
@@ -48,6 +46,11 @@ class Expected(StrEnum):
     BLOCKED = "blocked"
     NOTHING = "nothing"
     """Leaves a node but WireGuard."""
+    NO_NAME = "no name"
+    """The host's resolver does not know it."""
+    OK, CREATED, UNKNOWN, FORBIDDEN = "200", "201", "401", "403"
+    """What an HTTP server answers."""
+    TOLD = "told"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,8 @@ class Example:
     """One line of the table. `host` tries `wanted`, whose `server` is the one that must answer, or must hear nothing.
 
     `sender`, where it is given, is the address that the server has to see. `tunnel_down` and `routed` say how the world
-    is meanwhile: no way to WARP; private addresses are routed to the node.
+    is meanwhile: no way to WARP; private addresses are routed to the node. `ask` is what is asked of the API, by the way
+    that `wanted` names; what it creates answers as `serves`.
     """
 
     title: str
@@ -66,6 +70,14 @@ class Example:
     tunnel_down: bool = False
     routed: bool = False
     sender: str = ""
+    ask: Ask | None = None
+    serves: tuple[str, ...] = ()
+
+    def target(self) -> str:
+        """Where it goes, in a few characters."""
+        if self.ask is not None and self.wanted.to == LOOPBACK:
+            return f"{self.ask.method} {self.ask.path}"
+        return target(self.wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +96,7 @@ class Shown:
         return {
             "example": example.title,
             "from": example.host,
-            "to": target(example.wanted),
+            "to": example.target(),
             "expected": str(example.expected),
             "seen": self.seen,
             "seconds": self.seconds,
@@ -164,15 +176,30 @@ ENTRY = "192.0.2.10"
 NODE = "192.0.2.2"
 """The first node, as the internet knows it."""
 
+LOOPBACK = "127.0.0.1"
+
 NODE_SERVERS = {
     "inet": ("tcp:443", "udp:5353", "ipv6:eth0"),
     "gateway": ("udp:4000", "ipv6:eth0"),
-    "xray": ("tcp:443", "udp:4000"),
+    "xray": ("tcp:443", "tcp:8080", "udp:4000"),
     "relay": ("tcp:443",),
     "mcp-server": ("tcp:9573",),
-    "op-dbus-api": ("tcp:9573", "tcp:9574"),
+    "op-dbus-api": ("tcp:9574",),
+    "monitoring": ("tcp:8080",),
     "exporter": ("tcp:9100",),
 }
+NODE_WATCHED = {"op-dbus-api": ("eth0",)}
+"""On 9573 there is the API itself, which does not tell who came."""
+STORY = (
+    "uid:0 from 127.0.0.1: POST /api/containers/create",
+    "uid:0 from 127.0.0.1: POST /api/grants:",
+    "token:auditor from 127.0.0.1: POST /api/grants/1/approve",
+    "uid:0 from 127.0.0.1: POST /api/grants/1/revoke",
+    "uid:0 from 127.0.0.1: DELETE /api/containers/tor-relay",
+)
+HEALTH = {
+    "source": "202", "target": "102", "protocol": "tcp", "port": 8080, "reason": "is the relay well?", "duration_s": 600,
+}  # fmt: skip
 
 NODE_EXAMPLES = (
     Example(
@@ -217,7 +244,13 @@ NODE_EXAMPLES = (
     ),
     Example(
         "admin, droplet, management mesh, op-dbus API",
-        "admin", Try("tcp", ENTRY, 9573), Expected.PASSES, "op-dbus-api", sender="10.1.0.50",
+        "admin", Try("tcp", ENTRY, 9573), Expected.OK, "op-dbus-api", sender="10.1.0.50",
+        ask=Ask("GET", "/api/status", token="admin", answer=(("node", "oo1424oo"),)),
+    ),
+    Example(
+        "the same without a token",
+        "admin", Try("tcp", ENTRY, 9573), Expected.UNKNOWN, "op-dbus-api", sender="10.1.0.50",
+        ask=Ask("GET", "/api/status"),
     ),
     Example(
         "MCP server to exporter on the other node",
@@ -252,6 +285,79 @@ NODE_EXAMPLES = (
         "mcp-server", Try("tcp", WORLD, 443), Expected.REFUSED, "inet",
     ),
     Example(
+        "curl creates tor-relay in privacy, on the node",
+        "host", Try("tcp", LOOPBACK, 9573), Expected.CREATED, "", serves=("tcp:9001",),
+        ask=Ask("POST", "/api/containers/create", curl=True, answer=(("state", "ready"), ("address", "10.0.0.2"))),
+    ),
+    Example(
+        "xray to tor-relay, by its name",
+        "xray", Try("tcp", "tor-relay", 9001), Expected.PASSES, "tor-relay", sender="10.0.0.102",
+    ),
+    Example(
+        "MCP server to tor-relay, by its name",
+        "mcp-server", Try("tcp", "tor-relay", 9001), Expected.NO_NAME, "tor-relay",
+    ),
+    Example(
+        "MCP server to tor-relay (management to privacy)",
+        "mcp-server", Try("tcp", "10.0.0.2", 9001), Expected.REFUSED, "tor-relay",
+    ),
+    Example(
+        "monitoring to xray, without a grant",
+        "monitoring", Try("tcp", "10.0.0.102", 8080), Expected.REFUSED, "xray",
+    ),
+    Example(
+        "root asks for a grant: monitoring to xray, tcp 8080",
+        "host", Try("tcp", LOOPBACK, 9573), Expected.CREATED, "",
+        ask=Ask("POST", "/api/grants", HEALTH, answer=(("id", "1"), ("state", "requested"))),
+    ),
+    Example(
+        "root approves what root has asked for",
+        "host", Try("tcp", LOOPBACK, 9573), Expected.FORBIDDEN, "", ask=Ask("POST", "/api/grants/1/approve", {}),
+    ),
+    Example(
+        "somebody else approves it, by a token",
+        "host", Try("tcp", LOOPBACK, 9573), Expected.OK, "",
+        ask=Ask("POST", "/api/grants/1/approve", {}, token="auditor", answer=(("state", "approved"), ("realized", True))),
+    ),
+    Example(
+        "monitoring to xray, granted",
+        "monitoring", Try("tcp", "10.0.0.102", 8080), Expected.PASSES, "xray", sender="10.1.0.202",
+    ),
+    Example(
+        "its neighbours: another port",
+        "monitoring", Try("tcp", "10.0.0.102", 443), Expected.REFUSED, "xray",
+    ),
+    Example(
+        "its neighbours: another source",
+        "mcp-server", Try("tcp", "10.0.0.102", 8080), Expected.REFUSED, "xray",
+    ),
+    Example(
+        "its neighbours: the other way round",
+        "xray", Try("tcp", "10.1.0.202", 8080), Expected.REFUSED, "monitoring",
+    ),
+    Example(
+        "root revokes the grant",
+        "host", Try("tcp", LOOPBACK, 9573), Expected.OK, "",
+        ask=Ask("POST", "/api/grants/1/revoke", {}, answer=(("state", "revoked"), ("realized", True))),
+    ),
+    Example(
+        "monitoring to xray, revoked",
+        "monitoring", Try("tcp", "10.0.0.102", 8080), Expected.REFUSED, "xray",
+    ),
+    Example(
+        "root deletes tor-relay",
+        "host", Try("tcp", LOOPBACK, 9573), Expected.OK, "", ask=Ask("DELETE", "/api/containers/tor-relay"),
+    ),
+    Example(
+        "xray to tor-relay, deleted",
+        "xray", Try("tcp", "tor-relay", 9001), Expected.NO_NAME, "tor-relay",
+    ),
+    Example(
+        "who has done all this, told as it happened",
+        "host", Try("tcp", LOOPBACK, 9573), Expected.TOLD, "",
+        ask=Ask("GET", "/api/events/stream", told=STORY),
+    ),
+    Example(
         "kill switch: WARP is unreachable, xray to the internet",
         "xray", Try("tcp", WORLD, 443), Expected.BLOCKED, "inet", tunnel_down=True,
     ),
@@ -280,19 +386,22 @@ def examples_of(lab: manager.Status) -> tuple[Example, ...]:
 
 def play(lab: manager.Status, examples: tuple[Example, ...] | None = None) -> Iterator[Shown]:
     """Run the examples one after the other."""
-    if lab.has_nodes:
-        connect_vpn(lab)
     if examples is None:
         examples = examples_of(lab)
-    with Traffic(lab) as traffic:
-        traffic.serve(NODE_SERVERS if lab.has_nodes else SERVERS)
+    with ExitStack() as stack:
+        desk = None
+        if lab.has_nodes:
+            connect_vpn(lab)
+            desk = stack.enter_context(Desk(lab))
+        traffic = stack.enter_context(Traffic(lab))
+        traffic.serve(*((NODE_SERVERS, NODE_WATCHED) if lab.has_nodes else (SERVERS,)))
         for host in lab.hosts:
             if host.kind == "node":
                 traffic.watch_uplink(host.name, host.port)
         was_down = False
         for example in examples:
             with tunnel_down(lab) if example.tunnel_down else routed(lab) if example.routed else nullcontext():
-                yield show(traffic, example, SWITCH_LIMIT_S if was_down else 0)
+                yield show(traffic, example, SWITCH_LIMIT_S if was_down else 0, desk)
             was_down = example.tunnel_down
         for node, left in traffic.uplinks().items():
             yield judge_uplink(node, left)
@@ -361,9 +470,7 @@ def set_link(lab: manager.Status, port: str, to: str) -> None:
 
 def connect_vpn(lab: manager.Status, name: str = "laptop") -> None:
     """Make a client of the first node's VPN server, and have the laptop connect with its configuration."""
-    state_file = Path(lab.run_dir, "nodes", lab.node, "node.yaml")
-    program = [sys.executable, "-c", "from controller.cli import main; main()"]
-    made = _output(lab, lab.node, [*program, "vpn", "add", "--file", str(state_file), name, "--json"])
+    made = manager.output(lab, lab.node, [*PROGRAM, "vpn", "add", name, "--json"])
     wanted = configparser.ConfigParser(strict=False)
     text: str = json.loads(made)["config"]
     wanted.read_string(text)
@@ -379,28 +486,43 @@ def connect_vpn(lab: manager.Status, name: str = "laptop") -> None:
         ip route add {endpoint} via 203.0.113.1
         ip route add {ENTRY} via 203.0.113.1
         ip route replace default dev vpn0"""
-    _output(lab, name, ["setsid", "sh", "-ec", script], kept)
+    manager.output(lab, name, ["setsid", "sh", "-ec", script], kept)
 
 
-def _output(lab: manager.Status, host: str, command: list[str], stdin: str = "") -> str:
-    line = manager.command_in(lab, manager.find_host(lab, host), command)
-    env = {**os.environ, "PYTHONPATH": str(places.OVS_LIBRARY.parent.parent)}
-    done = subprocess.run(line, input=stdin, capture_output=True, text=True, timeout=30, env=env, check=False)
-    if done.returncode:
-        raise manager.LabError(f"{host}: {command[0]} ended with exit code {done.returncode}: {done.stderr.strip()}")
-    return done.stdout
-
-
-def show(traffic: Traffic, example: Example, patience_s: float = 0) -> Shown:
+def show(traffic: Traffic, example: Example, patience_s: float = 0, desk: Desk | None = None) -> Shown:
     """Run one example; what is to pass may be tried again for `patience_s`."""
-    before = len(traffic.heard(example.server))
+    before = len(traffic.arrived(example.server)) if example.server else 0
+    if example.ask is not None and desk is not None:
+        result = desk.ask(traffic, example.host, example.wanted, example.ask)
+        shown = judge_answer(example, result, traffic.came_from(example.server) if example.server else "")
+        if shown.as_expected and example.serves:
+            made = created(traffic.lab, json.loads(result.data)[1])
+            traffic.know(made)
+            traffic.serve({made.name: example.serves})
+        return shown
     started = time.monotonic()
     result = traffic.attempt(example.host, example.wanted)
     while result.outcome != "reply" and time.monotonic() - started < patience_s:
         result = traffic.attempt(example.host, example.wanted)
-    arrived = len(traffic.heard(example.server)) > before
+    arrived = len(traffic.arrived(example.server)) > before
     seconds = round(time.monotonic() - started, 3) if patience_s else result.seconds
     return judge(example, result, arrived, seconds, traffic.came_from(example.server) if arrived else "")
+
+
+def judge_answer(example: Example, result: Result, sender: str) -> Shown:
+    """What an HTTP server has answered, and whether that is what was expected, in the status and in what it says."""
+    assert example.ask is not None
+    if result.outcome != "reply":
+        return Shown(example, f"{result.outcome}: {result.data}", result.seconds, False, sender)
+    status, body = json.loads(result.data)
+    seen = body if body == Expected.TOLD else str(status)
+    found = body if isinstance(body, dict) else {}
+    wrong = [f"{name} {found.get(name)}" for name, value in example.ask.answer if found.get(name) != value]
+    if seen == example.expected and wrong:
+        seen = f"{seen}, {', '.join(wrong)}"
+    elif seen == example.expected and example.sender and sender != example.sender:
+        seen = f"{seen} as {sender}"
+    return Shown(example, seen, result.seconds, seen == example.expected, sender)
 
 
 def judge(example: Example, result: Result, arrived: bool, seconds: float, sender: str = "") -> Shown:
@@ -411,6 +533,8 @@ def judge(example: Example, result: Result, arrived: bool, seconds: float, sende
             seen = f"passes as {sender}"
     elif arrived:
         seen = "arrived, no reply"
+    elif result.outcome == "no name":
+        seen = result.outcome
     elif result.outcome == "refused":
         seen = "refused" if seconds < AT_ONCE_S else "refused late"
     else:
@@ -430,7 +554,7 @@ def widths(examples: tuple[Example, ...]) -> tuple[int, ...]:
 
 
 def _cells(example: Example, seen: str, seconds: float, sender: str) -> tuple[str, ...]:
-    shown = (example.title, example.host, target(example.wanted), example.expected.value, seen, f"{seconds:.3f} s")
+    shown = (example.title, example.host, example.target(), example.expected.value, seen, f"{seconds:.3f} s")
     return (*shown, sender)
 
 

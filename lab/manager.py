@@ -52,6 +52,7 @@ _PROGRAMS = {
 }
 _MININET_PROGRAMS = {"mnexec": "mininet", SYSTEM_PYTHON: "python3"}
 _NODE_PROGRAMS = {
+    "curl": "curl",
     "wireguard-go": "wireguard-go",
     "wg": "wireguard-tools",
     "dnsmasq": "dnsmasq-base",
@@ -535,6 +536,16 @@ def _only(lab: Status, node: str | None) -> Status:
 def spawn(lab: Status, name: str, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
     """Start a command in a host, with pipes or whatever `options` of `Popen` say. It ends with the lab at the latest."""
     return subprocess.Popen(command_in(lab, find_host(lab, name), command), text=True, **options)
+
+
+def output(lab: Status, name: str, command: Sequence[str], stdin: str = "") -> str:
+    """What a command in a host prints, told `stdin`. Raises `LabError` with what it said where it fails."""
+    line = command_in(lab, find_host(lab, name), command)
+    env = {**os.environ, "PYTHONPATH": str(places.OVS_LIBRARY.parent.parent)}
+    done = subprocess.run(line, input=stdin, capture_output=True, text=True, timeout=60, env=env, check=False)
+    if done.returncode:
+        raise LabError(f"{name}: {command[0]} ended with exit code {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
 
 
 def down(run_dir: Path, *, limit_s: float = STOP_LIMIT_S) -> bool:

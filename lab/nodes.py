@@ -54,13 +54,15 @@ NODE_UPLINKS = (_uplink("192.0.2", 1, 1), _uplink("192.0.2", 5, 2))
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A whole node. `state` is its state file, `keys` are its private keys by the name of their file."""
+    """A whole node. `state` is its state file, `keys` are its private keys by the name of their file; `has_api_container`
+    says whether its API listens in a container as well."""
 
     name: str
     uplink: Uplink
     state: dict[str, Any]
     keys: dict[str, str] = field(repr=False)
     containers: tuple[dict[str, Any], ...] = ()
+    has_api_container: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +205,7 @@ class _Draft:
         self.tree.setdefault("networking", {}).setdefault("firewall", firewall)
 
     def finish(self) -> Node:
-        state = loads(yaml.safe_dump(self.tree, sort_keys=False), self.name).state
+        loaded = loads(yaml.safe_dump(self.tree, sort_keys=False), self.name)
         containers = tuple(
             {
                 "id": member.id,
@@ -213,11 +215,12 @@ class _Draft:
                 "address": str(member.address),
                 "services": [service.name for service in member.services],
             }
-            for network in state.networks
+            for network in loaded.state.networks
             for member in network.members
         )
+        has_api = loaded.host.api.container_id is not None
         keys = {name: secret.reveal() for name, secret in self._secret.items()}
-        return Node(self.name, NODE_UPLINKS[self._index], self.tree, keys, containers)
+        return Node(self.name, NODE_UPLINKS[self._index], self.tree, keys, containers, has_api)
 
 
 def _second(keys_dir: Path, first: str) -> _Draft:

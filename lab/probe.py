@@ -7,8 +7,11 @@
     probe.py left eth0                    until stdin ends, looks at all that leaves by an interface; prints how many
                                           packets of WireGuard, how many of neighbours, and what else
 
-A try is {"proto": "tcp|udp|icmp", "to": ADDRESS, "port": N, "from": ADDRESS, "spoof": ADDRESS, "socks": ADDRESS:PORT, "timeout_s": S}; an outcome
-{"outcome": "reply|refused|silence|error", "data": TEXT, "s": SECONDS}. Standard library only.
+A try is {"proto": "tcp|udp|icmp", "to": ADDRESS, "port": N, "from": ADDRESS, "spoof": ADDRESS, "socks": ADDRESS:PORT,
+"http": REQUEST, "timeout_s": S}; a request is {"method": M, "path": P, "body": JSON, "host": NAME, "token": TOKEN,
+"fingerprint": SHA256}, by TLS with the certificate of that fingerprint if it is given. An outcome is {"outcome":
+"reply|refused|silence|no name|error", "data": TEXT, "s": SECONDS}; of a request, the text is [STATUS, BODY] as JSON.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -180,12 +183,14 @@ def attempt(what: Try) -> Outcome:
     """Run one try to its end."""
     started = time.monotonic()
     try:
-        data = ATTEMPTS[next((way for way in ("spoof", "socks") if way in what), what["proto"])](
+        data = ATTEMPTS[next((way for way in ("spoof", "socks", "http") if way in what), what["proto"])](
             what, float(what.get("timeout_s", TIMEOUT_S))
         )
         outcome = {"outcome": "reply", "data": data}
     except TimeoutError:
         outcome = {"outcome": "silence", "data": ""}
+    except socket.gaierror:
+        outcome = {"outcome": "no name", "data": ""}
     except OSError as exc:
         refused = exc.errno in REFUSALS and time.monotonic() - started < float(what.get("timeout_s", TIMEOUT_S))
         outcome = {"outcome": "refused" if refused else "error", "data": os.strerror(exc.errno or 0)}
@@ -222,6 +227,37 @@ def try_socks(what: Try, timeout_s: float) -> str:
         if len(reply) < 2 or reply[1]:
             raise TimeoutError  # the proxy could not connect; what it says of why differs from proxy to proxy
         return sock.recv(MAX_BYTES).decode(errors="replace")
+
+
+def try_http(what: Try, timeout_s: float) -> str:
+    """Ask an HTTP server, and answer the status and what it said. Who it is, is looked at before anything is sent."""
+    import hashlib
+    import http.client
+    import ssl
+
+    asked = what["http"]
+    headers = {"Host": asked["host"], "Content-Type": "application/json"}
+    if asked.get("token"):
+        headers["Authorization"] = f"Bearer {asked['token']}"
+    with opened(what, socket.SOCK_STREAM) as sock:
+        sock.settimeout(timeout_s)
+        sock.connect((what["to"], what["port"]))
+        connection = http.client.HTTPConnection(what["to"], what["port"])
+        connection.sock = sock
+        if asked.get("fingerprint"):
+            context = ssl.create_default_context()
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            connection.sock = tls = context.wrap_socket(sock)
+            if hashlib.sha256(tls.getpeercert(True) or b"").hexdigest() != asked["fingerprint"]:
+                raise OSError(errno.EPROTO, "somebody else's certificate")
+        try:
+            connection.request(asked["method"], asked["path"], json.dumps(asked.get("body")), headers)
+            answer = connection.getresponse()
+            return json.dumps([answer.status, json.loads(answer.read() or b"null")])
+        except (http.client.HTTPException, ValueError) as exc:
+            raise OSError(errno.EPROTO, "no answer of HTTP") from exc
+        finally:
+            connection.close()
 
 
 def try_udp(what: Try, timeout_s: float) -> str:
@@ -312,7 +348,7 @@ def send_ipv6(source: str, target: str, udp: bytes, interface: str = "eth0") -> 
             sock.sendto(header + udp, (interface, ETH_P_IPV6, 0, 0, station))
 
 
-ATTEMPTS = {"tcp": try_tcp, "udp": try_udp, "icmp": try_icmp, "spoof": try_spoof, "socks": try_socks}
+ATTEMPTS = {"tcp": try_tcp, "udp": try_udp, "icmp": try_icmp, "spoof": try_spoof, "socks": try_socks, "http": try_http}
 
 
 def run_tries(tries: list[Try]) -> list[Outcome]:

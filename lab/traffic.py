@@ -9,14 +9,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from lab import places
-from lab.manager import LabError, Status, spawn
+from lab.manager import LabError, LabHost, Status, spawn
 
-Outcome = Literal["reply", "refused", "silence", "error"]
+Outcome = Literal["reply", "refused", "silence", "no name", "error"]
 SERVERS_LIMIT_S = 10.0
 TRY_LIMIT_S = 60.0
 NOTHING: Mapping[str, Sequence[str]] = {}
@@ -25,7 +25,7 @@ NOTHING: Mapping[str, Sequence[str]] = {}
 @dataclass(frozen=True, slots=True)
 class Try:
     """One connection, datagram or echo request. `source` is the address it comes from, `spoof` one it only claims;
-    `socks` is the proxy (address:port) that it goes through."""
+    `socks` is the proxy (address:port) that it goes through, `http` a request to make, as `probe.py` reads it."""
 
     proto: Literal["tcp", "udp", "icmp"]
     to: str
@@ -35,6 +35,7 @@ class Try:
     socks: str | None = None
     say: str = "hello"
     timeout_s: float = 1.5
+    http: Mapping[str, Any] | None = field(default=None, repr=False)  # there may be a token in it
 
     def as_json(self) -> dict[str, Any]:
         """The try as `probe.py` reads it."""
@@ -46,6 +47,8 @@ class Try:
             asked["spoof"] = self.spoof
         if self.socks is not None:
             asked["socks"] = self.socks
+        if self.http is not None:
+            asked["http"] = dict(self.http)
         return asked
 
 
@@ -114,6 +117,10 @@ class Traffic:
                 raise LabError(f"no server in {', '.join(dead or waiting)}: {said}")
             time.sleep(0.01)
 
+    def know(self, host: LabHost) -> None:
+        """Count a host that has come later among those of the lab."""
+        self.lab = replace(self.lab, hosts=(*self.lab.hosts, host))
+
     def watch_uplink(self, host: str, interface: str) -> None:
         """Look at all that leaves a host by an interface, until `uplinks` is called."""
         process = spawn(self.lab, host, _probe("left", interface), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -137,8 +144,13 @@ class Traffic:
 
     def came_from(self, host: str) -> str:
         """The address that the last request to a host came from, as the host sees it."""
-        lines = self.heard(host)
-        return lines[-1].split(" ")[2] if lines else ""
+        senders = self.arrived(host)
+        return senders[-1] if senders else ""
+
+    def arrived(self, host: str) -> list[str]:
+        """Who has sent the requests and, where it is watched, the kinds of packets that got as far as a host."""
+        parts = [line.split(" ") for line in self._lines(host)]
+        return [words[1] if words[0] == "saw" else words[2] for words in parts]
 
     def saw(self, host: str) -> list[str]:
         """Kinds of packets that came in by a host's watched interfaces: `10.0.0.102 udp 40000 53`."""

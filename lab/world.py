@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -135,7 +136,7 @@ class World:
         # Each host's tools look for sockets in one place: names of interfaces are told apart by the host's.
         name = interface if host == "droplet" else f"{host}-{interface}"
         self._spawn(f"wireguard {name}", place, ["wireguard-go", "-f", name])
-        self._until(lambda: Path(f"/var/run/wireguard/{name}.sock").exists(), f"WireGuard of {host}")
+        self._until(lambda: _listens(f"/var/run/wireguard/{name}.sock"), f"WireGuard of {host}")
         place.run("wg", "setconf", name, "/dev/stdin", stdin=config)
 
     def _outside(self) -> None:
@@ -214,21 +215,28 @@ class World:
             descriptor = os.open(keys / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "w") as file:
                 file.write(f"{key}\n")
-        state = directory / "node.yaml"
-        state.write_text(yaml.safe_dump(node.state, sort_keys=False))
+        (directory / "node.yaml").write_text(yaml.safe_dump(node.state, sort_keys=False))
         place = self._places[node.name] = Place()
         self._join(node.name, node.uplink)
         ovs = self._ovs[node.name] = PrivateOvs(directory / "ovs", namespace=place)
         ovs.start()
-        command = [sys.executable, "-c", "from controller.cli import main; main()", "up", str(state)]
-        options = ["-v", "--no-api"]  # the taps listen where it would
+        # By the path that is open to everybody: the API, which is not root, reads the file too.
+        command = [
+            sys.executable,
+            "-c",
+            "from controller.cli import main; main()",
+            "up",
+            str(inner / "node.yaml"),
+            "-v",
+        ]
         env = self.node_env(node.name) | {"PYTHONPATH": str(places.OVS_LIBRARY.parent.parent)}
-        self._spawn(f"{node.name}: bulkhead up", place, [*command, *options], env)
+        self._spawn(f"{node.name}: bulkhead up", place, command, env)
 
     def node_env(self, name: str) -> dict[str, str]:
         """What makes commands on a node find what is the node's."""
         directory = self.inner_dir(name)
         return {
+            "BULKHEAD_NODE": name,
             "BULKHEAD_RUN_DIR": str(directory / "run"),
             "BULKHEAD_STATE_DIR": str(directory / "state"),
             "BULKHEAD_EVENTS": str(directory / "events"),
@@ -236,31 +244,33 @@ class World:
             "OVS_RUNDIR": str(directory / "ovs"),
         }
 
-    def _ready(self, name: str) -> bool:
+    def _ready(self, node: Node) -> bool:
+        directory = self.node_dir(node.name)
+        wanted = ["run/api.sock", *(["state/api/certificate.pem"] if node.has_api_container else [])]
         with contextlib.suppress(OSError, ValueError):
-            return bool(json.loads((self.node_dir(name) / "run/agent/status.json").read_text())["settled"])
+            settled = json.loads((directory / "run/agent/status.json").read_text())["settled"]
+            return bool(settled) and all((directory / name).exists() for name in wanted)
         return False
 
     def _wait_ready(self) -> None:
-        waiting = {node.name for node in self._nodes}
+        waiting = list(self._nodes)
         deadline = time.monotonic() + self._limit_s
-        while waiting := {name for name in waiting if not self._ready(name)}:
+        while waiting := [node for node in waiting if not self._ready(node)]:
             dead = [name for name, lives in self.alive().items() if not lives]
             if dead:
                 raise LabError(f"{', '.join(dead)} ended by itself; see the logs in {self._run_dir}/logs")
             if time.monotonic() > deadline:
-                raise LabError(
-                    f"not built after {self._limit_s:g} s: {', '.join(sorted(waiting))}; {self._lacks(waiting)}"
-                )
+                names = [node.name for node in waiting]
+                raise LabError(f"not built after {self._limit_s:g} s: {', '.join(names)}; {self._lacks(names)}")
             time.sleep(0.05)
 
-    def _lacks(self, names: set[str]) -> str:
+    def _lacks(self, names: list[str]) -> str:
         out = []
-        for name in sorted(names):
+        for name in names:
             with contextlib.suppress(OSError, ValueError):
                 rows = json.loads((self.node_dir(name) / "run/agent/status.json").read_text())["resources"]
                 out += [f"{name} {row['key']}: {row['why']}" for row in rows if row["phase"] != "done"]
-        return "; ".join(out[:3]) or "the agent has not said why"
+        return "; ".join(out[:3]) or f"the agent has not said why; see the logs in {self._run_dir}/logs"
 
     # -------------------------------------------------------------------------------------------------------- common
 
@@ -342,6 +352,12 @@ class World:
 
     def stop(self) -> None:
         """Nothing to do: with the first process everything goes."""
+
+
+def _listens(path: str) -> bool:
+    """Whether anybody answers on a unix socket. It is there a moment before, and until then `wg` asks the kernel."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        return sock.connect_ex(path) == 0
 
 
 def _host(name: str, kind: str, network: str, port: str, address: str, *aliases: str, **more: Any) -> dict[str, Any]:

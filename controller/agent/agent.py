@@ -29,7 +29,7 @@ from controller.agent.lxc import Lxc
 from controller.agent.netlink import Nets
 from controller.agent.ovs import Ovsdb, choose_datapath
 from controller.agent.process import Programs
-from controller.agent.reconciler import Done, Faults, Phase, Reconciler
+from controller.agent.reconciler import UNSEEN, Done, Faults, Phase, Reconciler
 from controller.agent.resource import Failed
 from controller.agent.settings import Settings
 from controller.agent.sockets import Sockets
@@ -384,8 +384,10 @@ class Agent:
                 ended = frozenset(key_of(one) for one in self._desired.records.grants if one.expires_at)
             why = f"its connections may be known yet: {waiting['connections']}"
             out |= dict.fromkeys(ended - now.keys(), why)
-        elif status:
+        elif status and not any(key.startswith(("ports/", "names/")) and why == UNSEEN for key, why in waiting.items()):
             self._grant_keys = frozenset(now)
+        else:
+            out |= dict.fromkeys((self._grant_keys or frozenset()) - now.keys(), "its names and ports are looked at")
         return out
 
     def _unready_clients(self) -> dict[str, str]:

@@ -16,14 +16,14 @@ from controller.agent.health import Watched
 from controller.agent.hosttable import HostTable, default_uplinks
 from controller.agent.keys import KeyStore
 from controller.agent.links import End, Interface, Namespace, Veth, our_links
-from controller.agent.lxc import Lxc, LxcContainer
+from controller.agent.lxc import Lxc, LxcContainer, first_id
 from controller.agent.names import Names, dnsmasq_command
 from controller.agent.netclient import Netclient, daemon_command
 from controller.agent.netlink import Nets, Route
 from controller.agent.nft import TABLE, NftTable
 from controller.agent.ovs import Bridge, Ovsdb, Ports
 from controller.agent.passages import Connections, Passages, Tracker
-from controller.agent.process import Kept, Process, Program, Programs
+from controller.agent.process import Kept, Process, Program, Programs, confined
 from controller.agent.resource import Change, Resource
 from controller.agent.run import PREFIX
 from controller.agent.settings import Settings
@@ -192,8 +192,9 @@ def _grants(state: DesiredState, opened: tuple[Opening, ...], parts: Parts) -> l
 
     once = parts.made.once
     return [
-        *once(("connections", opened, tuple(kept_in.items()), parts.datapath), connections),
+        # What no grant needs is taken away first: it is shut then, though the controller hang that has to take the flows away.
         *once(("passages", needed, tuple(kept_in)), lambda: [Passages(parts.ovsdb, needed, tuple(kept_in))]),
+        *once(("connections", opened, tuple(kept_in.items()), parts.datapath), connections),
     ]
 
 
@@ -437,7 +438,8 @@ def _container(run: _Run, parts: Parts) -> list[Resource]:
         out.append(LxcContainer(parts.lxc, member, container, search=search, needs=(interface.key,)))
     elif container.command:
         # `ip netns exec` gives it /etc/netns/NAMESPACE/resolv.conf and its own /sys.
-        command = ("ip", "netns", "exec", namespace, *container.command)
+        program = confined(first_id(container.id), container.command) if container.confined else container.command
+        command = ("ip", "netns", "exec", namespace, *program)
         out.append(Process(parts.programs, Program(f"container-{member.id}", command), (interface.key,)))
     return out
 

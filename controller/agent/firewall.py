@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from ipaddress import IPv4Network, collapse_addresses
 
-from controller.hostmodel import HostState, Leg, VpnServer
+from controller.hostmodel import HostState, Leg, TunnelNetwork, VpnServer
 from controller.model import BridgeKind, DesiredState, Ipv4, Network, Prefix, Role
 
 PORT = "eth0"
@@ -23,6 +23,8 @@ _NEIGHBOURS = "nd-router-advert, nd-neighbor-solicit, nd-neighbor-advert"
 _NO_IPV6 = "meta nfproto ipv6 counter drop"
 _CLAMP = "tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu"
 """Makes both ends of a TCP connection send what fits into the tunnel, whatever they find out about the path."""
+_LOG = 'limit rate 10/minute burst 20 packets log prefix "bulkhead dropped: "'
+"""Enough to see that something knocks, too little to fill a disk."""
 _REPLIES = "ct state established,related accept"
 _INVALID = "ct state invalid counter drop"
 _ECHO = "icmp type { echo-request, " + _ERRORS + " } accept"
@@ -46,6 +48,8 @@ def host_table(state: DesiredState, host: HostState, uplinks: Sequence[str]) -> 
     if dnat := list(_to_the_gateway(state, uplinks)):
         chains.append(_chain("to-gateway", "nat", "prerouting", "dstnat", dnat))
     if host.firewall is not None:
+        if host.firewall.tunnel is not None:
+            chains += _tunnel_chains(host.firewall.tunnel)
         chains.append(_chain("input", "filter", "input", "filter", _input(state, host, uplinks), policy="drop"))
     return _table("inet", chains)
 
@@ -107,6 +111,43 @@ def _vpns(state: DesiredState) -> Iterator[tuple[Network, Ipv4, int]]:
             yield network, network.member(network.vpn.member_id).address, network.vpn.port
 
 
+def _tunnel_chains(tunnel: TunnelNetwork) -> Iterator[str]:
+    """What is of the network comes by its tunnels and leaves by them, or not at all, and goes to the host alone."""
+    own = _names([*tunnel.interfaces, "lo"])
+    tunnels = _names(tunnel.interfaces)
+    yield _chain(
+        "tunnel-in",
+        "filter",
+        "prerouting",
+        "raw",
+        [
+            f"iifname != {own} ip saddr {tunnel.prefix} counter drop",
+            f"iifname != {own} ip daddr {tunnel.prefix} counter drop",
+            f"iifname {tunnels} meta nfproto ipv6 counter drop",
+            f"iifname {tunnels} ip saddr != {tunnel.prefix} counter drop",
+            f"iifname {tunnels} ip daddr != {tunnel.address} counter drop",
+        ],
+    )
+    yield _chain(
+        "tunnel-forward",
+        "filter",
+        "forward",
+        "filter",
+        [f"iifname {tunnels} counter drop", f"oifname {tunnels} counter drop"],
+    )
+    yield _chain(
+        "tunnel-out",
+        "filter",
+        "postrouting",
+        str(AFTER_NAT),
+        [
+            f"oifname != {own} ip saddr {tunnel.prefix} counter drop",
+            f"oifname != {own} ip daddr {tunnel.prefix} counter drop",
+            f"oifname {tunnels} meta nfproto ipv6 counter drop",
+        ],
+    )
+
+
 def _input(state: DesiredState, host: HostState, uplinks: Sequence[str]) -> Iterator[str]:
     assert host.firewall is not None
     allowed = host.firewall
@@ -131,10 +172,17 @@ def _input(state: DesiredState, host: HostState, uplinks: Sequence[str]) -> Iter
         yield f"iifname {_names(trusted)} accept"
     if allowed.local_tcp:
         yield f"tcp dport {_ports(allowed.local_tcp)} counter drop"
+    if allowed.tunnel is not None and allowed.inner:
+        ours = f"iifname {_names(allowed.tunnel.interfaces)} ip saddr {allowed.tunnel.prefix}"
+        yield f"{ours} ip daddr {allowed.tunnel.address} tcp dport {_ports(allowed.inner)} accept"
+    if allowed.inner:
+        yield f"tcp dport {_ports(allowed.inner)} counter drop"
     if allowed.tcp:
         yield f"tcp dport {_ports(allowed.tcp)} accept"
     if allowed.udp:
         yield f"udp dport {_ports(allowed.udp)} accept"
+    if allowed.log:
+        yield _LOG
     yield "counter drop"
 
 

@@ -18,7 +18,7 @@ from controller.problems import BulkheadError
 FRESH_S = 0.02
 RETRY_S = 0.03
 AWAY_RETRY_S = 0.5
-TIMEOUT_S = 5.0
+TIMEOUT_S = 3.0
 
 
 class Controller:
@@ -27,11 +27,25 @@ class Controller:
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self._asked_at = 0.0
+        self._away: str | None = None
+        self._away_until = 0.0
         self._open: dict[str, set[str]] = {}
 
     async def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """Its answer. Raises `BulkheadError` where there is none."""
-        return await asyncio.to_thread(ask, self._run_dir, question, TIMEOUT_S)
+        """Its answer. Raises `BulkheadError` where there is none.
+
+        One that hangs is not waited for by everybody in turn: for a moment the others are told the same.
+        """
+        if self._away is not None and time.monotonic() < self._away_until:
+            raise BulkheadError(self._away)
+        self._away = None
+        began = time.monotonic()
+        try:
+            return await asyncio.to_thread(ask, self._run_dir, question, TIMEOUT_S)
+        except BulkheadError as exc:
+            if time.monotonic() - began > TIMEOUT_S / 2:
+                self._away, self._away_until = str(exc), time.monotonic() + AWAY_RETRY_S
+            raise
 
     async def open_ports(self, bridge: str) -> set[str]:
         """Ports of a bridge whose flows the switch has confirmed. Raises `BulkheadError`."""

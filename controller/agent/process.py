@@ -27,6 +27,9 @@ from controller.agent.run import environment, inside
 STOP_S = 3.0
 LOG_BYTES = 1 << 20
 """A log longer than that begins anew."""
+MOST_PROCESSES = 512
+"""Of one confined program."""
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 OFTEN, OFTEN_S = 3, 10.0
 """A program that was started so many times within so many seconds is not started again at once."""
 
@@ -37,6 +40,17 @@ _LAUNCH = (
     'printf \'{"pid": %d, "started": %s, "digest": "%s"}\\n\' $$ "$t" "$2" > "$1.new.$$" && mv "$1.new.$$" "$1" || exit 70; '
     'umask 022; shift 2; exec "$@" </dev/null'
 )
+
+
+def confined(user: int, command: Sequence[str]) -> tuple[str, ...]:
+    """The command line that runs a command with no rights on the host, as a user who is nobody else, and not without end.
+
+    Root in a network namespace is root everywhere else as well, and leaves the namespace when it wants to.
+    """
+    rights = ("--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "--clear-groups")
+    who = (f"--reuid={user}", f"--regid={user}")
+    own = (f"PATH={_PATH}", "LC_ALL=C", "HOME=/")
+    return ("prlimit", f"--nproc={MOST_PROCESSES}", "--core=0", "setpriv", *who, *rights, "env", "-i", *own, *command)
 
 
 @dataclass(frozen=True, slots=True)

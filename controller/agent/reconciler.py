@@ -25,6 +25,10 @@ ROUNDS = 3
 """How often a resource is looked at again after its steps, before it counts as failed: others may be changing it."""
 
 
+UNSEEN = "not looked at yet"
+"""Why something is pending that was not looked at since it is wanted."""
+
+
 class Phase(StrEnum):
     """How a resource is: not yet looked at or waiting, as wanted, or failed."""
 
@@ -38,7 +42,7 @@ class Status:
     """How a resource is, why, and when (monotonic clock) it is looked at again."""
 
     phase: Phase = Phase.PENDING
-    why: str = "not looked at yet"
+    why: str = UNSEEN
     due: float = 0.0
     pause_s: float = FIRST_PAUSE_S
     healed: int = 0

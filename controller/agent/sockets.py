@@ -82,22 +82,25 @@ class Sockets:
         loop, ours = asyncio.get_running_loop(), self.path.stat().st_ino
         jobs: set[asyncio.Task[None]] = set()
         turns = asyncio.Semaphore(AT_ONCE)
+        accepting: asyncio.Task[Any] | None = None
         try:
             while True:
                 await turns.acquire()
-                try:
-                    asking, _ = await asyncio.wait_for(loop.sock_accept(server), LOOK_S)
-                except TimeoutError:
+                # One and the same goes on: an accept that is cancelled too late has lost who asked.
+                accepting = accepting or loop.create_task(loop.sock_accept(server))
+                if not (await asyncio.wait({accepting}, timeout=LOOK_S))[0]:
                     turns.release()
                     if not self.path.exists() or self.path.stat().st_ino != ours:
                         return
                     continue
+                asking, _ = accepting.result()
+                accepting = None
                 job = asyncio.ensure_future(self._serve(asking))
                 jobs.add(job)
                 job.add_done_callback(jobs.discard)
                 job.add_done_callback(lambda _: turns.release())
         finally:
-            for job in jobs:
+            for job in (*jobs, *([accepting] if accepting is not None else [])):
                 job.cancel()
 
     async def _serve(self, asking: socket.socket) -> None:

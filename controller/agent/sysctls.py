@@ -174,6 +174,7 @@ def container(*, forwards: bool = False) -> dict[str, str]:
     """Of a container's namespace: no IPv6; only the VPN's gateway forwards."""
     return {
         "net/ipv4/ip_forward": str(int(forwards)),
+        "net/ipv4/ip_unprivileged_port_start": "0",  # its programs need not be root's to listen
         # Each by itself as well: "all" that is 1 already is not written again.
         **_each(6, ("all", "default", "lo", "eth0"), disable_ipv6=1),
         **(_each(4, ("all", "default"), accept_redirects=0, send_redirects=0) if forwards else {}),

@@ -27,6 +27,7 @@ from controller.records import Scope, TokenRecord
 
 EVERYTHING = frozenset(Scope)
 TOKEN_PREFIX = "bh_"
+ROOT = "uid:0"
 _ID_BYTES = 5
 _NOBODY = 65534
 _ESTABLISHED = "01"
@@ -86,7 +87,7 @@ class Peer:
 def user_name(uid: int) -> str:
     """`uid:0` for root, `user:NAME` for others, `uid:N` where there is no name."""
     if uid == 0:
-        return "uid:0"
+        return ROOT
     try:
         return f"user:{pwd.getpwuid(uid).pw_name}"
     except KeyError:
@@ -170,7 +171,30 @@ def bearer(header: str, tokens: Iterable[TokenRecord], now: float, origin: str) 
         raise unauthenticated("This token is unknown or was revoked; have another one made: bulkhead token create")
     if found.expires_at and now >= found.expires_at:
         raise unauthenticated("This token has expired; have another one made: bulkhead token create")
-    return Principal(f"token:{found.name}", frozenset(found.scopes), origin)
+    return Principal(token_name(found), frozenset(found.scopes), origin)
+
+
+def token_name(token: TokenRecord) -> str:
+    """What a token's holder goes by."""
+    return f"token:{token.name}"
+
+
+def token_of(name: str, tokens: Iterable[TokenRecord]) -> TokenRecord | None:
+    """The token of somebody who goes by that name."""
+    return next((one for one in tokens if token_name(one) == name), None)
+
+
+def makers(name: str, tokens: Iterable[TokenRecord]) -> list[str]:
+    """Who made somebody's token, who made that one's, and so on; nobody for those without one.
+
+    Root is left out, who makes everybody's first token and is not whoever it was made for.
+    """
+    there = {token_name(one): one.created_by for one in tokens if one.created_by != ROOT}
+    found: list[str] = []
+    while name in there and there[name] not in found:
+        name = there[name]
+        found.append(name)
+    return found
 
 
 def unauthenticated(detail: str) -> ApiProblem:

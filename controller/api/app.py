@@ -25,8 +25,8 @@ from controller.api.settings import Settings
 from controller.api.view import View
 from controller.events import Event
 from controller.events import Kind as EventKind
-from controller.records import GrantState, OperationRecord, Scope, key
-from controller.store import Store
+from controller.records import GrantRecord, GrantState, OperationRecord, Scope, key
+from controller.store import Change, Store
 
 LOG = logging.getLogger("bulkhead.api")
 KINDS: dict[str, Kind] = {**containers.KINDS, **grants.KINDS, **clients.KINDS, **tokens.KINDS}
@@ -45,6 +45,7 @@ class Api:
             openapi_url=None,
             docs_url=None,
             redoc_url=None,
+            redirect_slashes=False,
         )
         self.operations = Operations(store, view, settings.limits, KINDS, self._done)
         self.routes = Routes(self.app)
@@ -63,14 +64,21 @@ class Api:
         """What is done now and then."""
         now = time.time()
         try:
-            if any(one.state is GrantState.APPROVED and one.expires_at <= now for one in self.view.records.grants):
-                ended, _ = await self.operations.change(lambda change: grants.expired(change, now))
+            if grants.over(self.view, self.view.records, now):
+                ended, _ = await self.operations.change(lambda change: self._end(change, now))
                 for one in ended:
-                    text = f"Grant {one.id} from {one.source} to {one.target} {one.protocol}/{one.port} has expired."
+                    why = "has expired" if one.state is GrantState.EXPIRED else "has ended with its container"
+                    text = f"Grant {one.id} from {one.source} to {one.target} {one.protocol}/{one.port} {why}."
                     self.audit.write(Event(EventKind.API_CHANGE, text, object=key(one), data={"who": "bulkhead"}))
             await self.operations.prune()
         except ApiProblem as problem:
             LOG.warning("what is over could not be written down: %s", problem)
+
+    def _end(self, change: Change, now: float) -> list[GrantRecord]:
+        ended = grants.over(self.view, change.records, now)
+        for one in ended:
+            change.put(one)
+        return ended
 
     def _register(self) -> None:
         self.app.add_exception_handler(RequestValidationError, _invalid)

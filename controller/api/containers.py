@@ -11,10 +11,11 @@ from starlette.responses import Response
 
 from controller.api import allocate, models
 from controller.api.context import Context, IdempotencyKey, Prefer, Timeout, Wait
+from controller.api.grants import end_of_container
 from controller.api.operations import Answer, Kind, Target, moment
 from controller.api.problem import ApiProblem
 from controller.api.view import View, encoded, plain
-from controller.records import ContainerRecord, GrantState, OperationRecord, Records, Scope, key
+from controller.records import ContainerRecord, OperationRecord, Records, Scope, key
 from controller.store import Change
 
 Name = Annotated[str, Path(pattern=models.LABEL, max_length=63, description="A container's id or name.")]
@@ -64,6 +65,7 @@ def routes(api: Context) -> None:
 
         def function(change: Change) -> Target:
             record = allocate.container(view.declared, change.records, wanted, who.name, moment())
+            end_of_container(change, record.node, record.id, who.name)  # of one that was declared, and had this id
             change.put(record)
             about.update(container=record.name, object=key(record))
             return Target(key(record), record.node, record.created_at)
@@ -99,7 +101,7 @@ def routes(api: Context) -> None:
             record = _stored(view, change.records, ref)
             about.update(container=record.name, network=record.network, object=key(record))
             change.delete(key(record))
-            _end_grants(change, record.id, who.name)
+            end_of_container(change, record.node, record.id, who.name)
             return Target(key(record), record.node, last=plain(view.container_of(record)))
 
         return await api.change(
@@ -150,14 +152,6 @@ def _stored(view: View, records: Records, ref: str) -> ContainerRecord:
     if by_name is None:
         raise ApiProblem("not-found", f"There is no container {ref!r}. See which there are: GET /api/containers.")
     return by_name
-
-
-def _end_grants(change: Change, container: str, who: str) -> None:
-    """Ids are given out again: what was granted to a container must not be the next one's."""
-    for grant in change.records.grants:
-        open_yet = grant.state in (GrantState.REQUESTED, GrantState.APPROVED)
-        if open_yet and container in (grant.source, grant.target):
-            change.put(replace(grant, state=GrantState.REVOKED, decided_by=who, decided_at=moment()))
 
 
 class Created:

@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import Path, Query, Request
 from starlette.responses import Response
 
-from controller.api import models
+from controller.api import access, models
 from controller.api.access import Principal
 from controller.api.context import Context, IdempotencyKey, Prefer, Timeout, Wait
 from controller.api.operations import Answer, Kind, Target, moment
@@ -21,6 +21,9 @@ from controller.store import Change
 Id = Annotated[str, Path(pattern=models.ID, description="A grant's number.")]
 KEPT = 1000
 """So many grants that have ended are kept."""
+OPEN_YET = (GrantState.REQUESTED, GrantState.APPROVED)
+NOBODY = "bulkhead"
+"""Who has decided what follows by itself."""
 PENDING = 256
 """So many may wait for somebody's approval."""
 
@@ -71,6 +74,7 @@ def routes(api: Context) -> None:
                 requested_by=who.name,
                 requested_at=moment(),
                 duration_s=wanted.duration_s,
+                node=view.node,
             )
             change.put(record)
             _prune(change)
@@ -92,9 +96,9 @@ def routes(api: Context) -> None:
 
             def function(change: Change) -> Target:
                 record = _grant(change.records, id)
-                change.put(_decided(word, record, who, moment(), view))
                 if word == "approve":
                     _ends_there(view, change.records, record)
+                change.put(_decided(word, record, who, moment(), view, access.makers(who.name, change.records.tokens)))
                 return Target(key(record), last=None)
 
             return await api.change(
@@ -150,6 +154,11 @@ def _place(view: View, records: Records, ref: str) -> tuple[str, str, str] | Non
 
 
 def _ends_there(view: View, records: Records, record: GrantRecord) -> None:
+    if record.node != view.node:
+        detail = (
+            f"Grant {record.id} is of {record.node}, whose state file says what may be approved; ask the API there."
+        )
+        raise ApiProblem("wrong-state", detail)
     for ref in (record.source, record.target):
         if _place(view, records, ref) is None:
             raise ApiProblem("wrong-state", f"Container {ref} of grant {record.id} is gone. Request another grant.")
@@ -162,14 +171,16 @@ def _room(grants: Iterable[GrantRecord]) -> None:
 
 def _prune(change: Change) -> None:
     """Forget the oldest that have ended. The newest stays, so that no number is given out twice."""
-    open_yet = (GrantState.REQUESTED, GrantState.APPROVED)
-    ended = sorted((one for one in change.records.grants if one.state not in open_yet), key=lambda one: -int(one.id))
+    ended = sorted((one for one in change.records.grants if one.state not in OPEN_YET), key=lambda one: -int(one.id))
     for one in ended[KEPT:]:
         change.delete(key(one))
 
 
-def _decided(word: str, record: GrantRecord, who: Principal, now: float, view: View) -> GrantRecord:
-    """The grant after a decision. Raises `ApiProblem` where it cannot be decided so."""
+def _decided(word: str, record: GrantRecord, who: Principal, now: float, view: View, makers: list[str]) -> GrantRecord:
+    """The grant after a decision. Raises `ApiProblem` where it cannot be decided so.
+
+    A token is its makers' other hand: what they asked for is not approved with it.
+    """
     possible = {
         "approve": (GrantState.REQUESTED,),
         "deny": (GrantState.REQUESTED,),
@@ -181,23 +192,37 @@ def _decided(word: str, record: GrantRecord, who: Principal, now: float, view: V
     decided = replace(record, decided_by=who.name, decided_at=now)
     if word != "approve":
         return replace(decided, state=GrantState.DENIED if word == "deny" else GrantState.REVOKED)
-    if who.name == record.requested_by and not view.declared.host.api.self_approval:
+    if record.requested_by in (who.name, *makers) and not view.declared.host.api.self_approval:
         detail = (
-            f"Grant {record.id} was requested by {who.name}, so that somebody else has to approve it. Where one person "
-            "may do both, say so in the state file: api: {self_approval: true}."
+            f"Grant {record.id} was requested by {record.requested_by}, so that somebody else has to approve it, with a "
+            "token that was not made by them. Where one person may do both, say so in the state file: api: {self_approval: true}."
         )
         raise ApiProblem("self-approval", detail)
     return replace(decided, state=GrantState.APPROVED, expires_at=now + record.duration_s)
 
 
-def expired(change: Change, now: float) -> list[GrantRecord]:
-    """Write down which grants have ended by time. Agent and controller stop them by their own clocks."""
+def over(view: View, records: Records, now: float) -> list[GrantRecord]:
+    """The grants that have ended by time, and those of containers of this node that are gone, as they are to be written.
+
+    Agent and controller stop those of the first kind by their own clocks, and those of the second since there is nothing to
+    join; but ids are given out again, and what was granted to a container must not be the next one's.
+    """
     out = []
-    for record in change.records.grants:
+    there = {one.id for one in records.containers}
+    there |= {member.id for network in view.declared.state.networks for member in network.members}
+    for record in records.grants:
         if record.state is GrantState.APPROVED and record.expires_at <= now:
             out.append(replace(record, state=GrantState.EXPIRED))
-            change.put(out[-1])
+        elif record.node == view.node and record.state in OPEN_YET and not {record.source, record.target} <= there:
+            out.append(replace(record, state=GrantState.REVOKED, decided_by=NOBODY, decided_at=round(now, 3)))
     return out
+
+
+def end_of_container(change: Change, node: str, container: str, who: str) -> None:
+    """End every grant of a node's container, since its id is given out anew, or may be."""
+    for grant in change.records.grants:
+        if grant.state in OPEN_YET and grant.node == node and container in (grant.source, grant.target):
+            change.put(replace(grant, state=GrantState.REVOKED, decided_by=who, decided_at=moment()))
 
 
 class Requested:

@@ -70,6 +70,8 @@ class Guard:
         answer = _Answer(send)
         headers = _headers(scope)
         try:
+            if not scope["path"].isprintable():
+                raise ApiProblem("not-found", "There is nothing of that path; see GET /openapi.json.")
             if principal is None:
                 self._check_host(scope, headers, peer)
                 principal = self._known(scope, headers, peer)
@@ -78,6 +80,7 @@ class Guard:
             if scope["method"] in CHANGING and not scope["path"].startswith("/mcp"):
                 receive = await self._body(headers, receive)
             scope["state"]["principal"] = principal
+            scope["state"]["still"] = lambda: self._still(scope, headers, peer)
             await self._app(scope, receive, answer)
         except ApiProblem as problem:
             await answer.problem(problem, close=problem.status in (408, 413))
@@ -129,6 +132,14 @@ class Guard:
                 raise too_many(late) from None
             raise
         return found
+
+    def _still(self, scope: Scope, headers: dict[bytes, bytes], peer: Peer) -> bool:
+        """Whether who asked may still have what they get, for answers that take long."""
+        try:
+            self._check_scope(scope, self._known(scope, headers, peer))
+        except ApiProblem:
+            return False
+        return True
 
     def _check_scope(self, scope: Scope, principal: Principal | None) -> None:
         needed = self._routes.needed(scope["method"], scope["path"])
@@ -223,7 +234,8 @@ def _headers(scope: Scope) -> dict[bytes, bytes]:
 
 
 def _what(scope: Scope) -> str:
-    return f"{scope['method']} {scope['path'][:200]}"
+    path = "".join(char if char.isprintable() else "?" for char in scope["path"][:200])
+    return f"{scope['method']} {path}"
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -14,7 +14,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -105,6 +105,12 @@ class Logs:
         """Where the logs end now."""
         ends = [_end(directory) for directory in self.directories]
         return ends[0], ends[1], ends[2]
+
+    def known(self, place: Place) -> Place:
+        """A place as these logs have it. One behind a log's end is of a log that was there before: all of this is new."""
+        # The head is never more than one event behind its log.
+        known = [0 if number > end + 1 else number for number, end in zip(place, self.ends(), strict=True)]
+        return known[0], known[1], known[2]
 
     async def more(self, timeout_s: float) -> bool:
         """Wait until there may be more. Answers whether there may."""
@@ -301,11 +307,11 @@ class Reader:
 
 
 class Stream(Response):
-    """Server-sent events until the reader goes away, or takes nothing for too long."""
+    """Server-sent events until the reader goes away, takes nothing for too long, or `still` says that they may no more."""
 
-    def __init__(self, logs: Logs, who: str, place: Place, wanted: Filter) -> None:
+    def __init__(self, logs: Logs, who: str, place: Place, wanted: Filter, still: Callable[[], bool]) -> None:
         super().__init__(media_type="text/event-stream")
-        self._logs, self._who, self._place, self._wanted = logs, who, place, wanted
+        self._logs, self._who, self._place, self._wanted, self._still = logs, who, place, wanted, still
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the head, and then what happens."""
@@ -323,6 +329,8 @@ class Stream(Response):
                 if not sending.done():
                     sending.cancel()
                     return
+            if not gone.done():
+                await send({"type": "http.response.body", "body": b""})
         finally:
             gone.cancel()
             reader.close()
@@ -330,7 +338,7 @@ class Stream(Response):
 
     async def _bodies(self, reader: Reader, gone: asyncio.Future[None]) -> AsyncIterator[bytes]:
         beat = time.monotonic()
-        while not gone.done():
+        while not gone.done() and self._still():
             body, more = reader.batch()
             if body:
                 beat = time.monotonic()
@@ -383,7 +391,7 @@ def routes(api: Context) -> None:
 
         def look() -> tuple[list[bytes], Place]:
             if after_ is not None:
-                return after(logs, parsed(after_, "after"), wanted, limit)
+                return after(logs, logs.known(parsed(after_, "after")), wanted, limit)
             if moment is not None:
                 return after(logs, since(logs, moment), wanted, limit)
             return newest(logs, wanted, limit)
@@ -415,14 +423,15 @@ def routes(api: Context) -> None:
         """
         text, field = (last_event_id, "Last-Event-ID") if last_event_id else (after_, "after")
         wanted = _filter(kind, network, container, None)
-        place = parsed(text, field) if text else await asyncio.to_thread(logs.ends)
+        ends, known = logs.ends, logs.known
+        place = await (asyncio.to_thread(known, parsed(text, field)) if text else asyncio.to_thread(ends))
         who = api.principal(request).name
         if logs.readers.total() >= settings.limits.streams or logs.readers[who] >= settings.limits.streams_each:
             detail = (
                 f"{logs.readers.total()} readers follow the events already. Try again later, or ask for the history."
             )
             raise ApiProblem("too-many-requests", detail, headers={"Retry-After": "10"})
-        return Stream(logs, who, place, wanted)
+        return Stream(logs, who, place, wanted, request.state.still)
 
 
 def _filter(

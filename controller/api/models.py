@@ -16,7 +16,7 @@ Protocol = Literal["tcp", "udp", "sctp"]
 
 
 def _printable(text: str) -> str:
-    if not text.isprintable():
+    if not text.isprintable() or not text.strip():
         raise ValueError("one line of printable characters is expected")
     return text
 
@@ -24,7 +24,7 @@ def _printable(text: str) -> str:
 def _check(text: str) -> str:
     if text and text != "tcp" and not (text.startswith("http:/") and " " not in text):
         raise ValueError("expected tcp, or http:/PATH")
-    return _printable(text)
+    return _printable(text) if text else text
 
 
 LABEL = r"^[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?$"
@@ -266,6 +266,7 @@ class Grant(_Out):
     decided_by: str
     decided_at: Time | None
     expires_at: Time | None
+    node: str
     revision: int
     realized: bool
     why: str

@@ -339,7 +339,7 @@ class Operations:
             return name.partition("/")[0], (operation.object,)
         if what == "grant":
             grant = next((one for one in self._view.records.grants if one.id == name), None)
-            return self._view.node_of(grant.source) if grant is not None else self._view.node, (operation.object,)
+            return grant.node if grant is not None else self._view.node, (operation.object,)
         return None, ()
 
     async def _undone(self, operation: OperationRecord, kind: Kind, found: Realized, wait_s: float) -> Answer:

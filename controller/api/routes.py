@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
-from starlette.routing import BaseRoute, Mount
+from starlette.routing import BaseRoute, Mount, compile_path
 
 from controller.api.models import ProblemOut
 from controller.api.problem import CODES, MEDIA_TYPE
@@ -88,11 +88,9 @@ class Routes:
         self._declared.add((method, path))
         if "{" not in path and method != "*":
             self._plain[method, path] = scope
-            return
-        pattern = "".join(
-            "[^/]+" if part.startswith("{") else re.escape(part) for part in re.split(r"(\{[^}]+\})", path)
-        )
-        self._rules.append(_Rule(method, re.compile(pattern + ("(?:/.*)?" if method == "*" else "")), scope))
+        # The router's own expression: a path that it takes for this route must not be another one here.
+        pattern, _, _ = compile_path(path + ("{rest:path}" if method == "*" else ""))
+        self._rules.append(_Rule(method, pattern, scope))
 
     def needed(self, method: str, path: str) -> Needed | None:
         """What a request needs; None where there is no such route."""
@@ -100,7 +98,7 @@ class Routes:
         if found is not None:
             return found
         for rule in self._rules:
-            if rule.method in (method, "*") and rule.pattern.fullmatch(path):
+            if rule.method in (method, "*") and rule.pattern.match(path):
                 return rule.needed
         return None
 

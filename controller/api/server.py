@@ -9,6 +9,7 @@ import asyncio
 import grp
 import logging
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -47,10 +48,11 @@ HANDSHAKE_S = 10.0
 LOOK_S = 0.25
 """So often the state file is looked at, and everything else every ROUNDS times."""
 ROUNDS = 4
+_ESTABLISHED = 1
 
 
 class Connection(HttpToolsProtocol):
-    """One connection. `config` has the app; the rest is per server."""
+    """One connection. `config` has the app; the rest is per server. `strangers` are those of callers without a name."""
 
     def __init__(self, config: uvicorn.Config, state: ServerState, limits: Limits, held: Counter[str]) -> None:
         super().__init__(config=config, server_state=state, app_state={})
@@ -173,7 +175,9 @@ def peer_of(transport: Any) -> Peer:
         return Peer("?")
     if transport.get_extra_info("sslcontext") is not None:
         return Peer(theirs[0])
-    return access.peer_of_tcp(theirs[:2], ours[:2])
+    peer = access.peer_of_tcp(theirs[:2], ours[:2])
+    # One that was reset may have left its port to somebody else, whom the kernel's tables name now.
+    return peer if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _ESTABLISHED else Peer(theirs[0])
 
 
 class Server:
@@ -276,7 +280,12 @@ class Process:
         """Until SIGTERM or SIGINT. Raises `BulkheadError` where it cannot start."""
         settings = self._settings
         os.umask(0o077)
-        settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as exc:
+            raise BulkheadError(
+                f"cannot make the directory {settings.state_dir}: {exc.strerror}; name another with --state-dir"
+            ) from exc
         audit = Audit(settings.events)
         store = Store(settings.remotes, Tls(*settings.store_tls) if settings.store_tls else None, lock=True)
         try:
@@ -353,6 +362,10 @@ def _soon(loop: asyncio.AbstractEventLoop, function: Any, *args: Any) -> None:
 def serve(settings: Settings) -> None:
     """Run the API. Raises `BulkheadError` where it cannot start."""
     import uvloop
+
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # strangers' bad requests are no news of ours
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
     async def main() -> None:
         await Process(settings).run()

@@ -8,6 +8,7 @@ from fastapi import Path, Request
 from starlette.responses import Response
 
 from controller.api import access, models
+from controller.api.access import Principal
 from controller.api.context import Context, IdempotencyKey
 from controller.api.models import rfc3339
 from controller.api.operations import Answer, Kind, Target, moment
@@ -35,7 +36,7 @@ def routes(api: Context) -> None:
         request: Request, wanted: models.CreateToken, idempotency_key: IdempotencyKey = None
     ) -> Response:
         """Create a token
-        The token is in this answer and nowhere else.
+        The token is in this answer and nowhere else. It ends no later than the token it is made with, and with it.
         """
         who = api.principal(request)
         beyond = [scope for scope in wanted.scopes if not who.may(scope)]
@@ -47,6 +48,7 @@ def routes(api: Context) -> None:
         def function(change: Change) -> Target:
             _free(change, wanted.name)
             now = moment()
+            expires_at = _end(change, wanted, who, now)
             record = TokenRecord(
                 id=name,
                 name=wanted.name,
@@ -54,7 +56,7 @@ def routes(api: Context) -> None:
                 scopes=tuple(sorted(set(wanted.scopes))),
                 created_by=who.name,
                 created_at=now,
-                expires_at=now + wanted.expires_in_s,
+                expires_at=expires_at,
             )
             change.put(record)
             return Target(key(record), secret={"token": token})
@@ -65,14 +67,15 @@ def routes(api: Context) -> None:
     @add("DELETE", "/api/tokens/{id}", scope=Scope.APPROVE, model=models.Token, tag="tokens")
     async def revoke_token(request: Request, id: Id, idempotency_key: IdempotencyKey = None) -> Response:
         """Revoke a token
-        It is good for nothing from this answer on.
+        It is good for nothing from this answer on, nor is any token that was made with it.
         """
 
         def function(change: Change) -> Target:
             record = next((one for one in change.records.tokens if one.id == id), None)
             if record is None:
                 raise ApiProblem("not-found", f"There is no token {id}. See which there are: GET /api/tokens.")
-            change.delete(key(record))
+            for one in (record, *_made_with(change, record)):
+                change.delete(key(one))
             return Target(key(record), last=plain(_shown(record)))
 
         about = {"object": f"token/{id}"}
@@ -91,6 +94,26 @@ def _free(change: Change, name: str) -> None:
         change.delete(key(other))
     if len(change.records.tokens) >= MOST:
         raise ApiProblem("conflict", f"There are {MOST} tokens already. Revoke some first.")
+
+
+def _end(change: Change, wanted: models.CreateToken, who: Principal, now: float) -> float:
+    """When a new token ends: no later than the one it is made with, which would otherwise live on in it."""
+    maker = access.token_of(who.name, change.records.tokens)
+    end = now + wanted.expires_in_s
+    return min(end, maker.expires_at) if maker is not None and maker.expires_at else end
+
+
+def _made_with(change: Change, token: TokenRecord) -> list[TokenRecord]:
+    """The tokens that were made with this one, and with those: who has stolen one must not keep another."""
+    makers = {access.token_name(token)}
+    found: list[TokenRecord] = []
+    for _ in change.records.tokens:
+        more = [one for one in change.records.tokens if one.created_by in makers and one not in (token, *found)]
+        if not more:
+            break
+        found += more
+        makers = {access.token_name(one) for one in more}
+    return found
 
 
 def _shown(record: TokenRecord) -> models.Token:

@@ -266,7 +266,7 @@ class View:
         state = record.state
         if state is GrantState.APPROVED and not record.open_at(now):
             state = GrantState.EXPIRED
-        found = realized(self.records.node(self.node_of(record.source)), record.revision, (key(record),))
+        found = realized(self.records.node(record.node), record.revision, (key(record),))
         idle = state in (GrantState.REQUESTED, GrantState.DENIED)
         return models.Grant(
             id=record.id,
@@ -282,14 +282,11 @@ class View:
             decided_by=record.decided_by,
             decided_at=rfc3339(record.decided_at) if record.decided_at else None,
             expires_at=rfc3339(record.expires_at) if record.expires_at else None,
+            node=record.node,
             revision=record.revision,
             realized=idle or found.done,
             why="" if idle else found.why,
         )
-
-    def node_of(self, container: str) -> str:
-        """Which node a container is on."""
-        return next((record.node for record in self.records.containers if record.id == container), self.node)
 
 
 def _state(found: Realized, running: bool) -> Literal["ready", "pending", "failed", "stopped"]:

@@ -14,6 +14,7 @@ from controller import fields
 from controller.fields import Field
 from controller.flow import Ct, Flow, Learn, Output, Raw, Resubmit, every
 from controller.frame import LOCAL_NAME
+from controller.grants import openings
 from controller.model import DesiredState, Network, Prefix
 from controller.problems import Severity
 from controller.verify.cubes import Exhausted, witness
@@ -22,7 +23,7 @@ from controller.verify.explore import ANYWHERE, TooLarge
 from controller.verify.links import End
 from controller.verify.node import LOCAL, Held, Node
 from controller.verify.packetwords import words
-from controller.verify.policy import both, source, target
+from controller.verify.policy import both, granted, source, target
 from controller.verify.rules import ANY_PORT, Ports, Rule, Rules
 from controller.verify.space import ALL, ENTERING, PLACES, Cube, bits, get, inside, meet
 from controller.verify.walk import Walker
@@ -422,9 +423,15 @@ def _names(rule: Rule, port: Field) -> bool:
 def crossings(state: DesiredState, node: Node) -> Iterator[tuple[str, Remark]]:
     """Flows that let a packet of one network, sent to another's address, leave at all; each with its bridge.
 
-    A packet for another network has no business on any port. Raises `TooLarge` or `Exhausted`.
+    A packet for another network has no business on any port, but for what is granted. Raises `TooLarge` or `Exhausted`.
     """
     told: set[tuple[str, Flow]] = set()
+    opened: dict[str, list[Cube]] = {}
+    answers: dict[str, list[Cube]] = {}
+    for o in openings(state):
+        packets, replies = granted(o.source, o.target, o.protocol, o.port)
+        opened.setdefault(o.source.id, []).append(packets)
+        answers.setdefault(o.target.id, []).append(replies)
     for network in state.networks:
         held = node.bridges.get(network.bridge)
         if held is None:
@@ -437,20 +444,30 @@ def crossings(state: DesiredState, node: Node) -> Iterator[tuple[str, Remark]]:
             usual = [both(source(member.address), bits(fields.ETH_SRC, member.mac), bits(fields.IP_TTL, 64))]
             usual = [*(both(usual[0], bits(fields.IPV4_DST, other.address)) for other in there), *usual, ALL]
             for name, prefix in foreign:
-                for remark in _crossing(node, network, (network.bridge, member.port), name, prefix, usual):
+                ways = opened.get(member.id, ()), answers.get(member.id, ())
+                for remark in _crossing(node, network, (network.bridge, member.port), name, prefix, usual, ways):
                     if (network.bridge, remark.flow) not in told:
                         told.add((network.bridge, remark.flow))
                         yield network.bridge, remark
 
 
 def _crossing(
-    node: Node, network: Network, start: End, name: str, prefix: Prefix, usual: list[Cube]
+    node: Node,
+    network: Network,
+    start: End,
+    name: str,
+    prefix: Prefix,
+    usual: list[Cube],
+    ways: tuple[Collection[Cube], Collection[Cube]],
 ) -> Iterator[Remark]:
+    """`ways` are what the sender may open, and what its replies look like."""
     for arrival in node.arrivals(start, target(prefix), taught=True):
         cubes = (meet(arrival.region.cube, cube) for cube in usual)
         headers = (witness(cube, arrival.region.minus) for cube in cubes if cube is not None)
         header = next((header for header in headers if header is not None), None)
         flow = next((hop.flow for hop in reversed(arrival.way) if hop.flow is not None), None)
+        if any(inside(arrival.region.cube, c) for c in (*ways[0], *(ways[1] if arrival.learned else ()))):
+            continue
         if header is None or flow is None or arrival.end == start:
             continue
         example = f"{words(start[1], header)} leaves by {arrival.end[1]} of {arrival.end[0]}"

@@ -192,9 +192,11 @@ def _needs_grant(state: DesiredState, source: Endpoint, target: Endpoint, servic
     opened = _grants(state, source, target)
     told = f" Open is {_listed(opened)} alone." if opened else ""
     by = _by(service) or " by one protocol and port"
+    wanted = "/".join(map(str, service)) if service is not None else "PORT"
     return (
         f"An approved grant {names}{by}, with replies and nothing else coming back; nothing in a state file joins two "
-        f"networks.{told} Ask for one: bulkhead grant --help"
+        f"networks.{told} Ask for one: bulkhead grant request {source.name} "
+        f"{target.name} {wanted}"
     )
 
 

@@ -131,6 +131,7 @@ def test_a_container_is_made_and_deleted(api: Stand, ask: Ask, tokens: dict[str,
         ]
 
     made, got, listed, deleted, gone = ask(tokens["operator"], use)
+    assert not made.is_error, text(made)
     assert made.structured_content["state"] == "ready" and json.loads(text(made)) == made.structured_content
     assert got.structured_content["address"] == made.structured_content["address"]
     assert "web" in {container["name"] for container in listed.structured_content["containers"]}

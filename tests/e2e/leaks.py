@@ -166,7 +166,7 @@ class Watched:
         self.directory = directory
         self.lab = manager.up(STATE_FILE, directory / "lab", nodes=True)
         self.node_dir = self.lab.run_dir / "nodes" / self.lab.node
-        self.state_file = self.node_dir / "node.yaml"
+        self.state_file = Path("/run/nodes", self.lab.node, "node.yaml")  # as it is called on the node
         self._stack = contextlib.ExitStack()
         self.taps: dict[str, Program] = {}
         self.pressers: dict[str, Program] = {}

@@ -216,7 +216,7 @@ def test_what_flaps_does_not_flood_the_log(host: BareHost) -> None:
 def test_a_database_that_is_away_holds_up_nothing_else(bare: BareHost) -> None:
     bare.start("up")
     bare.settle(60)
-    pid = bare.machine.sh("pgrep -x ovsdb-server").strip()
+    pid = bare.machine.sh(f"pgrep -f '^ovsdb-server .*{bare.ovs.db}'").strip()
     line = bare.machine.sh(f"tr '\\0' '\\n' < /proc/{pid}/cmdline").split("\n")[:-1]
     bare.machine.sh(
         f"kill -9 {pid}; sleep 0.3; ip link delete veth102; ip -n bulkhead-201 address delete 10.1.0.201/24 dev eth0"

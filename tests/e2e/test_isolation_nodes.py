@@ -21,7 +21,7 @@ NODE, INET, EXIT = "192.0.2.2", "198.51.100.10", "203.0.113.100"
 PRIVACY = {"gateway": "10.0.0.100", "xray": "10.0.0.102", "relay": "10.0.0.110"}
 MANAGEMENT = {"mcp-server": "10.1.0.200", "op-dbus-api": "10.1.0.201", "exporter": "10.1.0.210"}
 HOST = "10.1.0.1"
-UDP, TCP = 4000, 9573
+UDP, TCP = 4000, 9574  # on 9573 there is the API itself
 SERVERS = (*PRIVACY, *MANAGEMENT, "oo1424oo")
 
 
@@ -53,7 +53,7 @@ def assert_nobody_heard(traffic: Traffic) -> None:
 
 def tries(targets: dict[str, str], source: str | None = None) -> list[Try]:
     """Every protocol to every one."""
-    ways = [("udp", UDP), ("udp", 51820), ("tcp", TCP), ("tcp", 443), ("icmp", 0)]
+    ways = [("udp", UDP), ("udp", 51820), ("tcp", TCP), ("tcp", 9573), ("tcp", 443), ("icmp", 0)]
     return [Try(proto, to, port, source=source) for to in targets.values() for proto, port in ways]  # type: ignore[arg-type]
 
 

@@ -16,7 +16,7 @@ from lab.traffic import Try
 
 from .leaks import EXIT, INET, MARK, PLACES, Watched, one_line, open_directory, until
 
-WITHIN_S = 10.0
+WITHIN_S = 30.0
 """So soon is whatever was broken whole again, on a busy machine too."""
 KINDS = ("tcp", "udp", "dns", "icmp", "raw")
 EVERYBODY = [f"node {place}" for place in PLACES] + ["droplet -@10.0.0.50", "laptop -"]
@@ -104,7 +104,7 @@ def test_endpoint_unreachable_is_told_and_healed(watched: Watched) -> None:
         until(lambda: pressure.all_pressed(EVERYBODY), WITHIN_S, "all press")
     took = works_again(watched)
     until(lambda: told("tunnel_up", "egress_up"), WITHIN_S, "the logs tell that it is up")
-    assert took < 6
+    assert took < 15
     last = json.loads(watched.bulkhead("events", "--host", "--kind", "tunnel_up", "--last", "1", "--json"))
     assert last["network"] == "privacy"
     assert_tight(watched)

@@ -437,7 +437,8 @@ def test_a_change_that_never_arrived_is_made_once(server: Server, store: Store, 
         proxy.dumb = False
         thread.join(10)
         assert result == [("101", 2) if meanwhile else ("100", 1)]
-    assert [record.created_by for record in store.records.containers] == (["before"] if meanwhile else []) + ["once"]
+    there = (["before"] if meanwhile else []) + ["once"]
+    wait_for(lambda: [record.created_by for record in store.records.containers] == there)
 
 
 def test_a_server_of_a_cluster_that_is_behind_is_left_for_another(server: Server) -> None:

@@ -17,7 +17,7 @@ RANKS = (
     ("store", "realized", "vpnpool"),
     ("fields", "ofparse", "statetext", "eventfiles", "grants"),
     ("flow", "stateschema", "ofrules", "eventlog", "eventread", "eventverify", "eventview"),
-    ("frame", "hostderive", "statederive", "flownames", "flowwrites"),
+    ("frame", "securityderive", "hostderive", "statederive", "flownames", "flowwrites"),
     ("flowmatch",),
     ("flowactions",),
     ("flowtext",),
@@ -76,7 +76,8 @@ APART = {
     "flowtext": {"problems", "flow", "flownames", "flowmatch", "flowactions", "flowwrites"},
     "statefile": {"model", "hostmodel", "problems", "records", "statetext", "stateschema", "statederive", "ofrules"},
     "statederive": {"model", "hostmodel", "hostderive", "notes", "problems", "statetext", "stateschema", "ofrules"},
-    "hostderive": {"model", "hostmodel", "notes", "stateschema"},
+    "hostderive": {"model", "hostmodel", "notes", "securityderive", "stateschema"},
+    "securityderive": {"model", "hostmodel", "notes", "stateschema"},
     "agent": {
         *("api_socket", "asking", "desired", "eventfiles", "eventlog", "events", "grants", "hostmodel", "model"),
         *("problems", "records", "statefile", "store", "unixsocket", "vpnpool", "wgkeys"),

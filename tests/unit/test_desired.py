@@ -83,7 +83,7 @@ _RECORDS = st.builds(
 )
 
 
-@given(st.lists(_RECORDS, max_size=6))
+@given(st.lists(_RECORDS, max_size=6, unique_by=lambda record: record.id))
 def test_whatever_is_stored_the_declared_ones_stay_as_they_are(records: list[ContainerRecord]) -> None:
     base, source = load(FILE), read(FILE)
     loaded = source.with_records(Records(1, tuple(records)), "n1")
@@ -122,7 +122,9 @@ def test_file_and_store_are_followed(tmp_path: Path) -> None:
 
 
 def _grant(**changes: Any) -> GrantRecord:
-    base = GrantRecord("7", "202", "102", "tcp", 8080, "health", "a", 1.0, 60, GrantState.APPROVED, "b", 10.0, 70.0, 1)
+    base = GrantRecord(
+        "7", "202", "102", "tcp", 8080, "health", "a", 1.0, 60, GrantState.APPROVED, "b", 10.0, 70.0, 1, "n1"
+    )
     return replace(base, **changes)
 
 
@@ -151,5 +153,5 @@ def test_a_grant_that_cannot_be_is_refused(changes: dict[str, str], code: str) -
 
 
 def test_grants_of_other_nodes_are_not_ours() -> None:
-    loaded = read(FILE).with_records(Records(1, grants=(_grant(source="298", target="198"),)), "n1", 20.0)
+    loaded = read(FILE).with_records(Records(1, grants=(_grant(node="n2"),)), "n1", 20.0)
     assert loaded.refused == () and loaded.state.grants == ()

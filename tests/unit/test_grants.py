@@ -19,6 +19,7 @@ from controller.statefile import digest
 from controller.verify.endpoints import CLIENT_PORT, Endpoint, find, packet
 from controller.verify.explore import REL, RPL, TRK
 from controller.verify.gate import try_proof
+from controller.verify.lint import crossings
 from controller.verify.node import Held, Leg, Node
 from controller.verify.policy import PROTOCOLS
 from controller.verify.prove import Unsafe, prove
@@ -333,6 +334,12 @@ def test_the_gate_lets_a_granted_state_through_and_says_what_is_wrong_otherwise(
     zone = zones(STATE)["vmbr0"]
     findings = prove(STATE, VMBR0, ports, [*flows, foreign(Ct(zone, commit=True), in_port=1)])
     assert f"can be kept among the connections of zone {zone}" in str(Unsafe(findings))
+
+
+def test_granted_flows_are_no_crossing_to_lint_and_others_are() -> None:
+    assert not list(crossings(STATE, NODE))
+    told = {bridge for bridge, _ in crossings(replace(PLAIN, networks=STATE.networks), NODE)}
+    assert told == {"vmbr0", "vmbr1"}
 
 
 def test_the_register_says_which_grant() -> None:

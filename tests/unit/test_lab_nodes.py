@@ -9,8 +9,9 @@ import yaml
 
 from controller.statefile import loads
 from lab import nodes, places
-from lab.demo import judge_uplink
-from lab.traffic import Left
+from lab.asks import Ask
+from lab.demo import LOOPBACK, Example, Expected, judge_answer, judge_uplink
+from lab.traffic import Left, Result, Try
 
 KEYS = Path("/keys")
 REAL = """
@@ -88,3 +89,30 @@ def test_private_keys_are_not_shown(tmp_path: Path) -> None:
 def test_what_leaves_is_judged(left: Left, seen: str) -> None:
     shown = judge_uplink("node", left)
     assert (shown.seen, shown.as_expected) == (seen, seen == "nothing")
+
+
+@pytest.mark.parametrize(
+    ("result", "sender", "seen"),
+    [
+        (Result("reply", '[200, {"realized": true}]', 0.1), "10.1.0.50", "200"),
+        (Result("reply", '[200, {"realized": false}]', 0.1), "10.1.0.50", "200, realized False"),
+        (Result("reply", '[200, {"realized": true}]', 0.1), "10.1.0.1", "200 as 10.1.0.1"),
+        (Result("reply", '[401, {"status": 401}]', 0.1), "10.1.0.50", "401"),
+        (Result("error", "somebody else's certificate", 0.1), "", "error: somebody else's certificate"),
+        (Result("reply", "[200, null]", 0.1), "10.1.0.50", "200, realized None"),
+    ],
+)
+def test_what_the_api_answers_is_judged(result: Result, sender: str, seen: str) -> None:
+    ask = Ask("POST", "/api/grants/1/approve", answer=(("realized", True),))
+    example = Example("", "host", Try("tcp", LOOPBACK, 9573), Expected.OK, "", sender="10.1.0.50", ask=ask)
+    shown = judge_answer(example, result, sender)
+    assert (shown.seen, shown.as_expected) == (seen, seen == "200")
+
+
+def test_a_token_is_not_shown() -> None:
+    assert "bh_secret" not in repr(Try("tcp", LOOPBACK, 9573, http={"token": "bh_secret"}))
+    assert Try("tcp", LOOPBACK, 9573, http={"token": "bh_secret"}).as_json()["http"] == {"token": "bh_secret"}
+
+
+def test_only_a_node_with_such_a_container_has_its_api_there(tmp_path: Path) -> None:
+    assert [node.has_api_container for node in planned(tmp_path, places.example().read_text()).nodes] == [True, False]
