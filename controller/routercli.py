@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,6 +13,7 @@ from controller.problems import BulkheadError
 from controller.terminal import file_argument, guarded, run_dir_option, say
 
 if TYPE_CHECKING:
+    from controller.security.profile import Profile
     from controller.security.router import Settings
 
 SECURITY_DIR = Path("/var/lib/bulkhead/security")
@@ -27,13 +28,10 @@ security_dir_option = click.option(
 )
 
 
-def _profile(file: Path) -> Any:
-    from controller.statefile import load
+def _profile(file: Path) -> Profile:
+    from controller.security.profile import load_profile
 
-    found = getattr(load(file).host, "security", None)
-    if found is None:
-        raise BulkheadError(f"{file} has no section security; add one: {{role: dev, name: router1}}")
-    return found
+    return load_profile(file)
 
 
 @click.command()
@@ -77,10 +75,8 @@ def router(
             hosts=hosts or ("0.0.0.0", "::"),
             port=port or profile.listen,
             pki=security_dir.absolute() / "pki",
-            targets=targets(
-                str(profile.role), profile.peers, profile.socket, profile.socket_group, profile.inference_port
-            ),
-            limits=limits(profile.limits),
+            targets=targets(profile),
+            limits=limits(profile),
             hpke=security_dir.absolute() / "hpke" if hpke else None,
             client_certificates=client_certificates,
             metrics=run_dir.absolute() / "router.sock",
@@ -108,9 +104,8 @@ def inference(file: Path, token_ms: float, security_dir: Path) -> None:
     profile = _profile(file)
     role = str(profile.role)
     if role == "dev":
-        path = profile.socket or Path("/run/inference.sock")
-        given = Inference(profile.name, socket=path, group=profile.socket_group, token_s=token_ms / 1000)
-        where = str(path)
+        given = Inference(profile.name, socket=profile.socket, group=profile.socket_group, token_s=token_ms / 1000)
+        where = str(profile.socket)
     elif role == "inference":
         names = tuple(peer.name for peer in profile.peers)
         given = Inference(

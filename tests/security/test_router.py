@@ -6,6 +6,7 @@ import json
 import os
 import time
 from contextlib import ExitStack
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import httpx
 import pytest
 
 from controller.problems import BulkheadError
-from controller.security.hpke import ClientKey, Registry, RouterKeys
+from controller.security.hpke import ClientKey, Config, Registry, RouterKeys, Sealer
 from controller.security.hpke.client import RouterClient, Unanswered
 from controller.security.router import Limits
 from tests.security.routerstand import (
@@ -179,6 +180,80 @@ def test_a_revoked_client_loses_its_answer(stand: Stand) -> None:
         with pytest.raises((BulkheadError, httpx.HTTPError)):
             list(parts)
         assert time.monotonic() - began < 5
+
+
+class Wire:
+    """A client that can send the same bytes again, and others than it should."""
+
+    def __init__(self, stand: Stand, key: ClientKey) -> None:
+        self.made = stand.connected()
+        self.made.settimeout(5)
+        status, _, body = self.ask(b"GET /hpke/config HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert status == 200
+        self._config = Config.read(json.loads(body), time.time(), None)
+        self._sealer = Sealer(key, self._config)
+        self.nonce = self._config.nonce
+
+    def ask(self, data: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Send it; status, headers and body of the answer, which has a length."""
+        self.made.sendall(data)
+        answer = HTTPResponse(self.made, method=data.split(b" ", 1)[0].decode("latin-1"))
+        answer.begin()
+        headers = {name.lower(): value for name, value in answer.getheaders()}
+        self.nonce = headers.get("next-nonce", "")
+        return answer.status, headers, answer.read()
+
+    def sealed(self, target: str = "/x", body: bytes = b"secret", **more: Any) -> bytes:
+        """A request."""
+        given = {"nonce": self.nonce, "now": time.time()} | more
+        made = self._sealer.seal("POST", target, body, "text/plain", **given)
+        lines = "".join(f"{name}: {value}\r\n" for name, value in made.headers.items())
+        return (
+            f"POST {target} HTTP/1.1\r\nHost: a\r\n{lines}Content-Length: {len(made.body)}\r\n\r\n".encode() + made.body
+        )
+
+
+def test_attacks_on_sealed_requests_reach_no_server(stand: Stand) -> None:
+    behind = Behind(stand.socket)
+    key, settings = sealed(stand)
+    with stand.router(**settings):
+        wire = Wire(stand, key)
+        good = wire.sealed()
+        assert wire.ask(good)[0] == 200
+        assert len(behind.got) == 1 and b"secret" in behind.requests
+        later = Wire(stand, key).sealed()
+        attacks = {
+            "replay": lambda one: good,
+            "of another connection": lambda one: later,
+            "method": lambda one: one.sealed().replace(b"POST", b"PUT", 1),
+            "path": lambda one: one.sealed().replace(b"/x", b"/y", 1),
+            "query": lambda one: one.sealed().replace(b"/x", b"/x?a", 1),
+            "body": lambda one: one.sealed()[:-1] + bytes([one.sealed()[-1] ^ 1]),
+            "time": lambda one: one.sealed(now=time.time() - 100),
+            "future": lambda one: one.sealed(now=time.time() + 100),
+            "certificate": lambda one: one.sealed(certificate=b"another router's"),
+            "nonce": lambda one: one.sealed(nonce="A" * 43),
+            "header": lambda one: one.sealed().replace(b"suite=auth", b"suite=none", 1),
+            "two headers": lambda one: one.sealed().replace(b"Host: a", b"Host: a\r\nBulkhead-HPKE: v=1", 1),
+            "nonsense": lambda one: (
+                b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Type: application/bulkhead-hpke\r\nContent-Length: 1000000\r\n\r\n"
+                + os.urandom(1000000)
+            ),
+            "stranger": lambda one: Wire(stand, ClientKey.new("auth")).sealed(),
+            "HEAD": lambda one: one.sealed().replace(b"POST", b"HEAD", 1),
+        }
+        for name, attack in attacks.items():
+            one = Wire(stand, key)
+            status, _, body = one.ask(attack(one))
+            assert status in (400, 401, 405), (name, status, body)
+            assert json.loads(body or b"{}").get("detail", "").count(" ") < 12
+        with stand.connected() as cut:
+            cut.sendall(Wire(stand, key).sealed()[:-3])
+        assert len(behind.got) == 1, behind.got[1:]
+        until(lambda: sum(value for name, value in stand.figures().items() if "sealed_refused" in name) >= 12)
+    with stand.router(**settings):
+        assert Wire(stand, key).ask(good)[0] == 401
+        assert len(behind.got) == 1
 
 
 # - privacy

@@ -17,6 +17,7 @@ from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http import HttpRequestParser, RawRequestMessage
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 
+from controller.problems import BulkheadError
 from controller.security.hpke import NEXT_NONCE, Opened, Refused, new_binding
 from controller.security.router import heads
 from controller.security.router.answers import Plain, Sealed, own, refused
@@ -317,7 +318,12 @@ class Client(BaseProtocol):
         opener = worker.opener
         if opener is not None and request.target == CONFIG and request.method == "GET":
             self._admit(self.peer)
-            self._own(message, done, 200, b"application/json", worker.config(self.binding))
+            try:
+                told = worker.config(self.binding)
+            except BulkheadError as exc:
+                worker.defect(exc)
+                raise Refusal(503, "The router's keys cannot be used.", retry_after_s=60) from None
+            self._own(message, done, 200, b"application/json", told)
             return
         most = worker.settings.limits.body_bytes
         if request.length is not None and request.length > most + (_SEALED_EXTRA if opener is not None else 0):
@@ -330,6 +336,8 @@ class Client(BaseProtocol):
         client = self.name
         chunks = message.version >= (1, 1)
         if opener is not None:
+            if request.method == "HEAD":
+                raise Refusal(405, "An answer without a body cannot be sealed.")
             body = await self._whole(payload, most + _SEALED_EXTRA)
             opened = self._open(message, body)
             self.opened = opened
@@ -350,7 +358,7 @@ class Client(BaseProtocol):
             answer = Plain(self, is_head=message.method == "HEAD", chunks=chunks)
         length = request.length if body is None else len(body)
         done.received = length or 0
-        outgoing = _Outgoing(request, headers, client.encode() if client is not None else None, body, length)
+        outgoing = _Outgoing(request, headers, _label(client), body, length)
         await self._pass_on(outgoing, payload, answer, done)
 
     def _own(self, message: RawRequestMessage, done: _Done, status: int, kind: bytes, body: bytes) -> None:
@@ -371,6 +379,9 @@ class Client(BaseProtocol):
         except Refused as exc:
             self._worker.figures.add("sealed_refused", exc.code)
             raise Refusal(exc.status, str(exc)) from None
+        except BulkheadError as exc:
+            self._worker.defect(exc)
+            raise Refusal(503, "The router's keys cannot be used.", retry_after_s=60) from None
 
     async def _whole(self, payload: StreamReader, most: int) -> bytes:
         parts: list[bytes] = []
@@ -517,6 +528,11 @@ class Client(BaseProtocol):
         if out.length is None:
             connection.write(b"0\r\n\r\n")
         connection.sent_all = True
+
+
+def _label(client: str | None) -> bytes | None:
+    """A client's name as a header's value."""
+    return client.encode("ascii", "replace") if client is not None and client.isprintable() else None
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""What a router is told: where to listen, whom to ask, and its limits. Imports problems.
+"""What a router is told: where to listen, whom to ask, and its limits. Imports hostmodel, problems.
 
 Values only, with a spelling in JSON for worker processes. No secrets: keys are named by where they are.
 """
@@ -6,11 +6,11 @@ Values only, with a spelling in JSON for worker processes. No secrets: keys are 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
+from controller.hostmodel import Profile, SecurityRole
 from controller.problems import BulkheadError
 
 
@@ -80,38 +80,19 @@ def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text)
 
 
-class _Peer(Protocol):
-    @property
-    def name(self) -> str: ...
-    @property
-    def address(self) -> object: ...
-
-
-class _Limits(Protocol):
-    @property
-    def body_bytes(self) -> int: ...
-    @property
-    def request_s(self) -> float: ...
-    @property
-    def idle_s(self) -> float: ...
-    @property
-    def concurrency(self) -> int: ...
-    @property
-    def per_client_per_s(self) -> float: ...
-
-
-def targets(role: str, peers: Iterable[_Peer], socket: Path | None, group: str | None, port: int) -> tuple[Target, ...]:
-    """Whom a machine of that role asks: a socket here in `dev`, its peers as a `router`. Raises `BulkheadError`."""
-    if role == "dev":
-        return (Target("inference", socket=socket or Path("/run/inference.sock"), group=group),)
-    if role != "router":
-        raise BulkheadError(f"security.role is {role}; a router runs where it is dev or router")
-    found = tuple(Target(peer.name, address=str(peer.address), port=port) for peer in peers)
+def targets(profile: Profile) -> tuple[Target, ...]:
+    """Whom a machine asks: a socket here as `dev`, its peers as `router`. Raises `BulkheadError`."""
+    if profile.role is SecurityRole.DEV:
+        return (Target("inference", socket=profile.socket, group=profile.socket_group),)
+    if profile.role is not SecurityRole.ROUTER:
+        raise BulkheadError(f"security.role is {profile.role}; a router runs where it is dev or router")
+    found = tuple(Target(peer.name, address=str(peer.address), port=profile.inference_port) for peer in profile.peers)
     if not found:
         raise BulkheadError("security.peers names no inference server; add one: {name: …, address: …}")
     return found
 
 
-def limits(given: _Limits) -> Limits:
+def limits(profile: Profile) -> Limits:
     """The limits of a profile."""
+    given = profile.limits
     return Limits(given.body_bytes, given.request_s, given.idle_s, given.concurrency, given.per_client_per_s)

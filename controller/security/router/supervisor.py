@@ -267,6 +267,7 @@ class Supervisor:
             worker.process.wait(2)
         if worker.figures is not None:
             self._keep(worker.figures)
+            worker.figures = None
         self._old.discard(worker)
         if not worker.gone.done():
             worker.gone.set_result(None)

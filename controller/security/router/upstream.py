@@ -409,7 +409,7 @@ class Upstreams:
 def check_socket(path: Path, group: str | None) -> None:
     """Raise `Unreachable` unless only the right ones can be behind `path`, and ask there."""
     try:
-        found = path.lstat()
+        found = path.stat()  # through a link, as connecting does
     except OSError as exc:
         raise Unreachable(f"{path}: {exc.strerror}") from None
     if not stat.S_ISSOCK(found.st_mode):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -298,6 +299,8 @@ def main() -> None:
     number, control_fd, shared_fd, *listen_fds = map(int, sys.argv[1:])
     for signal_number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(signal_number, signal.SIG_IGN)  # the supervisor tells
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each request takes two files
     control = socket.socket(fileno=control_fd)
     try:
         settings = Settings.from_json(control.recv(MESSAGE).decode())
