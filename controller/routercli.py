@@ -34,6 +34,10 @@ def _profile(file: Path) -> Profile:
     return load_profile(file)
 
 
+def _everywhere() -> tuple[str, ...]:
+    return ("0.0.0.0", "::") if Path("/proc/net/if_inet6").exists() else ("0.0.0.0",)
+
+
 @click.command()
 @file_argument
 @click.option("--on", "hosts", multiple=True, metavar="ADDRESS", help="Listen here only [default: 0.0.0.0 and ::].")
@@ -72,7 +76,7 @@ def router(
         profile = _profile(file)
         return Settings(
             name=profile.name,
-            hosts=hosts or ("0.0.0.0", "::"),
+            hosts=hosts or _everywhere(),
             port=port or profile.listen,
             pki=security_dir.absolute() / "pki",
             targets=targets(profile),

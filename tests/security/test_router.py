@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from tests.security.routerstand import (
     Stand,
     ask,
     process,
+    read_all,
     run,
     until,
 )
@@ -40,7 +43,7 @@ def stand(tmp_path: Path) -> Stand:
 
 
 def test_tokens_pass_one_by_one(stand: Stand) -> None:
-    given = {"socket": str(stand.socket), "group": str(os.getgid()), "token_s": 0.05}
+    given = {"socket": str(stand.socket), "group": str(os.getgid()), "token_s": 0.1}
     with process(INFERENCE, json.dumps(given), log=stand.log), stand.router(limits=MANY):
         assert stand.socket.stat().st_mode & 0o777 == 0o660
         made = stand.client()
@@ -56,7 +59,7 @@ def test_tokens_pass_one_by_one(stand: Stand) -> None:
                 tokens.append(event["token"])
                 late.append(time.time() - event["at"])
         assert tokens == list("abcdefghij")
-        assert sorted(late)[len(late) // 2] < 0.02 and max(late) < 0.25, late
+        assert sorted(late)[len(late) // 2] < 0.05 and max(late) < 0.5, late  # each before the next one is made
 
 
 def test_a_body_passes_while_it_comes(stand: Stand) -> None:
@@ -68,6 +71,33 @@ def test_a_body_passes_while_it_comes(stand: Stand) -> None:
         until(lambda: b"second" in behind.requests)
         made.sendall(b"0\r\n\r\n")
         assert made.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+def test_an_answer_that_has_begun_is_never_followed_by_another(stand: Stand) -> None:
+    """The server answers while the body still comes, and then the body turns out too long."""
+    kept: list[socket.socket] = []
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(stand.socket))
+        stand.socket.chmod(0o660)
+        server.listen(8)
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    made, _ = server.accept()
+                    length, half = (0, b"") if made.recv(65536).startswith(b"GET /health") else (9, b"half")
+                    made.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (length, half))
+                    kept.append(made)
+
+        threading.Thread(target=serve, daemon=True).start()
+        with stand.router(limits=Limits(body_bytes=100, per_client_per_s=1e6)), stand.connected() as made:
+            made.settimeout(5)
+            made.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n")
+            assert made.recv(4096).endswith(b"half")
+            made.sendall(b"c8\r\n%s\r\n" % (b"x" * 200))
+            assert read_all(made) == b""
+    for each in kept:
+        each.close()
 
 
 def test_a_client_that_goes_is_noticed_by_the_server(stand: Stand) -> None:
@@ -155,7 +185,7 @@ def test_sealed_requests_pass_and_others_do_not(stand: Stand) -> None:
                     for part in stream:
                         if part.startswith(b"data: {"):
                             late.append(time.time() - json.loads(part[6:])["at"])
-            assert len(late) == 8 and sorted(late)[4] < 0.03, late
+            assert len(late) == 8 and sorted(late)[4] < 0.05, late
             assert client.request("GET", "/nothing").status == 404
         assert ask(stand.client())[0] == 400
         assert ask(stand.client(), "POST", body=b"x")[0] == 400

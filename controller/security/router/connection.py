@@ -69,6 +69,7 @@ class Client(BaseProtocol):
         self._waiting: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._asked: Connection | None = None
+        self._out: Plain | Sealed | None = None
         self._payload: StreamReader | None = None
         self._head_bytes = 0
         self._garbled = False
@@ -298,11 +299,17 @@ class Client(BaseProtocol):
             # What comes after a request that was not understood is not read as one.
             if not payload.is_eof() or exc.status in _NOT_UNDERSTOOD:
                 self._closes = True
+            if self._out is not None and self._out.status:
+                # Part of an answer is out already: another one in its middle would be taken for its body.
+                worker.figures.add("cut", "refused")
+                self._abort()
+                raise asyncio.CancelledError from None
             done.status = exc.status
             self.write(refused(self, exc, is_head=is_head))
         finally:
             self.busy = False
             self._asked = None
+            self._out = None
             self.opened = None
             worker.end(done, time.monotonic() - began)
 
@@ -356,6 +363,7 @@ class Client(BaseProtocol):
                 if len(body) > most:
                     raise Refusal(413, f"Bodies may have {most} bytes.")
             answer = Plain(self, is_head=message.method == "HEAD", chunks=chunks)
+        self._out = answer
         length = request.length if body is None else len(body)
         done.received = length or 0
         outgoing = _Outgoing(request, headers, _label(client), body, length)
