@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import ssl
 import sys
@@ -157,7 +158,7 @@ def call(
     from controller.security.hpke.client import RouterClient, Unanswered
 
     key = ClientKey.load(key_file)
-    content = _text(body).encode() if body == "-" else (body or "").encode()
+    content = _json(body) if body is not None else b""
     try:
         target = httpx.URL(url).raw_path.decode("ascii")
     except httpx.InvalidURL as exc:
@@ -265,6 +266,15 @@ def _text(name: str) -> str:
         return Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
         raise BulkheadError(f"{name} cannot be read: {exc}; expected a text file") from exc
+
+
+def _json(body: str) -> bytes:
+    text = _text(body) if body == "-" else body
+    try:
+        json.loads(text)
+        return text.encode()
+    except (ValueError, RecursionError) as exc:
+        raise BulkheadError(f"--json: this is not JSON: {exc}") from exc
 
 
 def _pin(text: str | None) -> bytes | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -467,6 +469,32 @@ def test_the_keys_file_is_private_and_its_damage_is_told_without_it(tmp_path: Pa
     path.chmod(0o640)
     with pytest.raises(BulkheadError, match="chmod 600"):
         RouterKeys(tmp_path / "hpke").usable(0)
+
+
+def test_a_writer_that_is_killed_leaves_whole_files(tmp_path: Path) -> None:
+    keys, registry = RouterKeys(tmp_path), Registry(tmp_path)
+    keys.ensure()
+    identity = keys.identity()
+    for count in range(25):
+        child = os.fork()
+        if child == 0:
+            try:
+                while True:
+                    RouterKeys(tmp_path).rotate(1)
+                    key = ClientKey.new("auth").public
+                    Registry(tmp_path).register(f"c{key.id}", key)
+                    Registry(tmp_path).revoke(key.id)
+            finally:
+                os._exit(1)
+        time.sleep(random.uniform(0, 0.02))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert keys.usable(time.time())
+        assert keys.identity() == identity
+        registry.clients()
+        assert len(list(tmp_path.glob(".*.new"))) <= 1, count
+    keys.rotate(0)
+    assert list(tmp_path.glob(".*.new")) == []
 
 
 @pytest.mark.parametrize("change", [{"time": 1}, {"nonce": "A" * 43}, {"keys": []}, {"suites": ["x"]}, {"version": 2}])

@@ -175,7 +175,7 @@ def test_the_life_of_a_client(server: SealedServer, security: Path, certificate:
     key, at = tmp_path / "key", ("--security-dir", security)
     bulkhead("keygen", key, "--suite", "base+ed25519")
     assert key.stat().st_mode & 0o777 == 0o600
-    assert b"exist" in bulkhead("keygen", key, code=2).stderr_bytes.lower()
+    assert b"exists already" in bulkhead("keygen", key, code=2).stderr_bytes
     made = json.loads(bulkhead("register", "laptop", f"{key}.pub", *at, "--json").stdout_bytes)
     assert (made["name"], made["suite"], made["revoked_at"]) == ("laptop", "base+ed25519", None)
     assert made["id"].encode() in bulkhead("list", *at).stdout_bytes
@@ -211,6 +211,8 @@ def test_mistakes_are_one_line(tmp_path: Path, security: Path) -> None:
     bulkhead("revoke", "x", *at, code=2)
     bulkhead("router-keys", "list", "--security-dir", tmp_path / "none", code=2)
     bulkhead("keygen", tmp_path / "key")
+    call = ("call", "https://127.0.0.1:1/", "--key", tmp_path / "key")
+    assert b"not JSON" in bulkhead(*call, "--json", "{", code=2).stderr_bytes
     assert b"127.0.0.1:1" in bulkhead("call", "https://127.0.0.1:1/", "--key", tmp_path / "key", code=2).stderr_bytes
     assert (
         b"--router"

@@ -25,11 +25,11 @@ def make_directory(path: Path) -> None:
 def write(path: Path, text: str) -> None:
     """Put a text at a path with mode 600, for the owner of the directory: the router reads what root has written.
 
-    Readers see the old or the new, whatever happens meanwhile. Raises `BulkheadError`.
+    Readers see the old or the new, whatever happens meanwhile. The directory must be `locked`. Raises `BulkheadError`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    temporary = path.with_name(f".{path.name}.new")
     with _told(path):
-        temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)  # of a writer that was killed: it may hold keys that are gone since
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -50,8 +50,14 @@ def write(path: Path, text: str) -> None:
 
 def write_new(path: Path, text: str, mode: int = 0o600) -> None:
     """Write a file that must not exist yet. Raises `BulkheadError`."""
-    with _told(path), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode), "w") as file:
-        file.write(text)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with _told(path):
+        try:
+            descriptor = os.open(path, flags, mode)
+        except FileExistsError:
+            raise BulkheadError(f"{path} exists already; name a new file") from None
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
 
 
 def read_secret(path: Path) -> str:

@@ -33,6 +33,7 @@ class Nonces:
         self._capacity = capacity
         self._monotonic = monotonic
         self._key = os.urandom(32)
+        self._offset_ms = int.from_bytes(os.urandom(5), "big")  # a nonce does not tell how long this machine is up
         self._used: OrderedDict[bytes, int] = OrderedDict()
 
     def issue(self, binding: bytes) -> bytes:
@@ -65,4 +66,4 @@ class Nonces:
         return hmac.digest(self._key, head + binding, sha256)[:_MAC]
 
     def _now_ms(self) -> int:
-        return int(self._monotonic() * 1000) & (1 << 8 * _AGE) - 1
+        return int(self._monotonic() * 1000) + self._offset_ms & (1 << 8 * _AGE) - 1
