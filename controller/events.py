@@ -72,6 +72,7 @@ class Kind(StrEnum):
     CLIENT_REFUSED = "client_refused"
     UPSTREAM_UP = "upstream_up"
     UPSTREAM_DOWN = "upstream_down"
+    KEY_ROTATED = "key_rotated"
     SERVER_SEALED = "server_sealed"
     SERVER_UNSEALED = "server_unsealed"
     CHECK_FAILED = "check_failed"

@@ -51,6 +51,7 @@ _WG_KEY: Final = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
 _ENDPOINT: Final = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?):([0-9]{1,5})")
 _CHECK: Final = re.compile(r"tcp|http:/[!-~]*")
 _ACCOUNT: Final = re.compile(r"[a-z_][a-z0-9_-]{0,30}")
+_DECIMAL: Final = re.compile(r"[0-9]{1,7}(?:\.[0-9]{1,6})?")
 _DATAPATH_ID: Final = re.compile(r"[0-9A-Fa-f]{16}")
 # The kernel refuses '/', ':' and white space, and expands '%'; the rest would need quoting in a flow.
 _INTERFACE: Final = re.compile(r"[A-Za-z0-9_.+@~^!#$&*;<>?|{}-]+")
@@ -219,6 +220,15 @@ def _check(value: object) -> str:
     return text
 
 
+def _decimal(value: object) -> float:
+    # A number with a point is read as text: most of them are addresses or versions that lack quotes.
+    if isinstance(value, str) and _DECIMAL.fullmatch(value):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1_000_000:
+        raise _bad("out-of-range", "a number above 0 and at most 1000000", "Write it with digits, such as 600 or 0.5.")
+    return float(value)
+
+
 def _account(value: object) -> str:
     text = _text(value)
     if not _ACCOUNT.fullmatch(text):
@@ -245,6 +255,7 @@ def _notation(check: Callable[[object], Any], pattern: str | None, **more: Any) 
 _ID_SCHEMA: Final = {
     "anyOf": [{"type": "string", "pattern": f"^{_ID.pattern}$"}, {"type": "integer", "minimum": 1, "maximum": MAX_ID}]
 }
+_DECIMAL_SCHEMA: Final = {"type": "number", "exclusiveMinimum": 0, "maximum": 1_000_000}
 _RANGE_SCHEMA: Final = {
     "anyOf": [
         {"type": "string", "pattern": f"^{_ID_RANGE.pattern}$"},
@@ -272,6 +283,7 @@ AnyAddress = Annotated[tuple[Ipv4, int], *_notation(_any_address, None)]
 AllowedCidr = Annotated[Prefix, *_notation(_allowed, _CIDR.pattern)]
 CheckText = Annotated[str, *_notation(_check, _CHECK.pattern, maxLength=256)]
 AccountName = Annotated[str, *_notation(_account, _ACCOUNT.pattern)]
+Decimal = Annotated[float, *_notation(_decimal, None, schema=_DECIMAL_SCHEMA)]
 Domain = Annotated[str, *_notation(_domain, None, maxLength=253)]
 
 
@@ -535,10 +547,10 @@ class LimitsSpec(_Spec):
     """What the router takes, and for how long."""
 
     body_bytes: Annotated[int, Field(gt=0, le=1 << 40)] = 1 << 20
-    request_s: Annotated[float, Field(gt=0, le=86_400)] = 600
-    idle_s: Annotated[float, Field(gt=0, le=86_400)] = 60
+    request_s: Decimal = 600.0
+    idle_s: Decimal = 60.0
     concurrency: Annotated[int, Field(gt=0, le=1_000_000)] = 256
-    per_client_per_s: Annotated[float, Field(gt=0, le=1_000_000)] = 20
+    per_client_per_s: Decimal = 20.0
 
 
 class SecuritySpec(_Spec):
@@ -687,7 +699,6 @@ def _prune(value: Any, cuts: _Trie) -> Any:
 _TYPES: Final = {
     "string_type": "text",
     "int_type": "a whole number",
-    "float_type": "a number",
     "bool_type": "true or false",
     "list_type": "a list",
     "dict_type": "a mapping",

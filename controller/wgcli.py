@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+from ipaddress import IPv4Network, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from controller.agent.resource import Failed
 from controller.agent.run import call
 from controller.agent.serverlinks import ServerLinks, refuse_overlap, tear_down
 from controller.agent.wireguard import Shown, read_dump
+from controller.eventlog import EventLog
+from controller.events import Event, Kind
 from controller.hostmodel import WG_INTERFACE, WG_INTERFACES, WG_SPARE
 from controller.problems import BulkheadError
+from controller.security.incident.seals import Seals
 from controller.security.profile import load_profile
 from controller.security.wg import LARGEST, Own, Public, Wg, key_age_days, read_endpoint, read_public
 from controller.terminal import NO, columns, file_argument, guarded, json_option, print_grid, print_json, run_dir_option
@@ -166,7 +170,26 @@ def run(file: Path, run_dir: Path, security_dir: Path) -> None:
     keys, profile = _wg(security_dir), load_profile(file)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     keys.own()
-    asyncio.run(ServerLinks(profile, keys, _run_dir(run_dir)).run())
+    with EventLog(keys.directory / "events") as log:
+
+        def told(kind: Kind, text: str) -> None:
+            log.append(Event(kind, text, object=profile.name))
+
+        seals = Seals(security_dir.absolute() / "seals")
+        asyncio.run(ServerLinks(profile, keys, _run_dir(run_dir), told, lambda: _cut_off(seals)).run())
+
+
+def _cut_off(seals: Seals) -> list[IPv4Network]:
+    """The networks of the servers that are sealed now. Raises `BulkheadError`."""
+    prefixes = [
+        ip_network(prefix)
+        for seal in seals.all()
+        if seal.in_force
+        for target in seal.targets
+        if target.kind == "server"
+        for prefix in target.prefixes
+    ]
+    return [prefix for prefix in prefixes if isinstance(prefix, IPv4Network)]
 
 
 def _run_dir(run_dir: Path) -> Path:

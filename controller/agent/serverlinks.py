@@ -21,9 +21,9 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Interface, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
 
 from controller.agent.links import Interface
@@ -33,6 +33,7 @@ from controller.agent.resource import Failed, Resource, Waiting
 from controller.agent.run import call
 from controller.agent.sysctls import Sysctls
 from controller.agent.wireguard import Shown, WgConfig, WgPeer, WireGuard, read_dump
+from controller.events import Kind
 from controller.hostmodel import MTU_DEFAULT, WG_INTERFACE, WG_INTERFACES, WG_PORT, WG_SPARE, Endpoint, Profile
 from controller.model import Prefix
 from controller.problems import BulkheadError
@@ -105,13 +106,19 @@ def _endpoint(endpoint: Endpoint | None, spare: bool) -> Endpoint | None:
 
 
 class ServerLinks:
-    """Use `run`. `told` hears of what has changed, in words."""
+    """Use `run`. `told` hears of keys that were replaced and of trouble. Peers whose address is `sealed`, by one of
+    these networks, are left out: they are cut off."""
 
     def __init__(
-        self, profile: Profile, wg: Wg, run_dir: Path, told: Callable[[str], None] = lambda _text: None
+        self,
+        profile: Profile,
+        wg: Wg,
+        run_dir: Path,
+        told: Callable[[Kind, str], None] = lambda _kind, _text: None,
+        sealed: Callable[[], Collection[IPv4Network]] = tuple,
     ) -> None:
         self._profile, self._wg, self._run_dir = profile, wg, run_dir
-        self._told = told
+        self._told, self._sealed = told, sealed
         self._nets = Nets()
         self._programs = Programs(run_dir / "programs")
         self._links: Links | None = None
@@ -160,16 +167,23 @@ class ServerLinks:
         except (BulkheadError, OSError) as exc:
             if str(exc) != self._trouble:
                 self._trouble = str(exc)
-                self._say(self._trouble)
+                self._say(self._trouble, Kind.HOST_ERROR)
             return False
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, kind: Kind | None = None) -> None:
         LOG.info("%s", text)
-        self._told(text)
+        if kind is not None:
+            self._told(kind, text)
 
     async def once(self) -> bool:
         """One look, and what has to be done; whether a key is being replaced. Raises `BulkheadError`."""
-        links = self._links = Links(self._wg.own(), self._wg.peers(self._profile))
+        cut = self._sealed()
+        peers = tuple(
+            peer
+            for peer in self._wg.peers(self._profile)
+            if not any(IPv4Address(str(peer.address)) in network for network in cut)
+        )
+        links = self._links = Links(self._wg.own(), peers)
         if links.own.address != self._profile.address:
             raise Failed(
                 f"the key was made for {links.own.address}, and the state file has {self._profile.address}; run: "
@@ -312,10 +326,10 @@ class ServerLinks:
         for peer in links.peers:
             if peer.next_key is not None and moved[peer.name]:
                 self._wg.promote_peer(peer.name, peer.next_key)
-                self._say(f"{peer.name} has its new key")
+                self._say(f"{peer.name} has its new key", Kind.KEY_ROTATED)
         if links.own.next_key is not None:
             if all(moved.values()) and self._wg.promote():
-                self._say("this machine has its new key")
+                self._say("this machine has its new key", Kind.KEY_ROTATED)
         elif not links.rotating and all(
             self._by.get(peer.name) == WG_INTERFACE and self._quiet(links, peer, WG_SPARE) for peer in links.peers
         ):

@@ -20,7 +20,7 @@ from controller.problems import BulkheadError
 
 ANALYZE_S = 60
 STATE_FILE = "/etc/bulkhead/state.yaml"
-EXPOSURE_LIMITS = {"bulkhead-agent.service": 7.0, "bulkhead-chores@.service": 4.0}
+EXPOSURE_LIMITS = {"bulkhead-agent.service": 7.0, "bulkhead-chores@.service": 4.0, "bulkhead-wg.service": 4.0}
 """The worst score that is accepted. The agent makes namespaces, devices and firewalls: root's work."""
 EXPOSURE_LIMIT = 2.0
 
@@ -161,6 +161,29 @@ UNITS: tuple[Unit, ...] = (
             "StateDirectory": "bulkhead/agent",
         },
         after=("network.target", "ovsdb-server.service"),
+    ),
+    Unit(
+        "wg",
+        "Bulkhead's WireGuard network between servers",
+        f"bulkhead wg run {STATE_FILE}",
+        "root",
+        {
+            "KillMode": "process",  # wireguard-go outlives a restart, and no packet is lost
+            "PrivateUsers": "no",
+            "PrivateDevices": "no",
+            "DevicePolicy": "closed",
+            "DeviceAllow": "/dev/net/tun rw",
+            "ProtectKernelTunables": "no",  # answers may take another interface
+            "ProtectProc": "default",
+            "ProcSubset": "all",
+            "CapabilityBoundingSet": "CAP_NET_ADMIN",
+            "AmbientCapabilities": "",
+            "RestrictAddressFamilies": "AF_UNIX AF_INET AF_INET6 AF_NETLINK",
+            "RuntimeDirectory": "bulkhead-wg wireguard",
+            "RuntimeDirectoryPreserve": "yes",
+            "Environment": "BULKHEAD_RUN_DIR=/run/bulkhead-wg",
+            "ReadWritePaths": f"-{_SECURITY}",
+        },
     ),
     Unit(
         "api",

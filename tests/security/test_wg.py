@@ -282,11 +282,25 @@ def test_what_goes_away_comes_back(servers: tuple[Server, Server]) -> None:
     router, inference = servers
     (record,) = (router.directory / "run/wg/programs").glob("*.json")
     os.kill(json.loads(record.read_text())["pid"], signal.SIGKILL)
-    eventually(lambda: "0% packet loss" in ping_once(router, inference.address))
+    eventually(lambda: " 0% packet loss" in ping_once(router, inference.address))
     router.run("ip", "route", "del", f"{inference.address}/32")
     router.run("wg", "set", "bulkhead-wg0", "peer", public_key(new_private_key()), "allowed-ips", "10.0.0.9/32")
-    eventually(lambda: "0% packet loss" in ping_once(router, inference.address))
+    eventually(lambda: " 0% packet loss" in ping_once(router, inference.address))
     eventually(lambda: len(router.run("wg", "show", "bulkhead-wg0", "peers").splitlines()) == 1)
+
+
+def test_a_sealed_server_is_left_out_until_it_is_unsealed(servers: tuple[Server, Server]) -> None:
+    router, inference = servers
+
+    def peers() -> int:
+        return len(router.run("wg", "show", "bulkhead-wg0", "peers").splitlines())
+
+    text = router.bulkhead("incident", "seal", "--server", inference.address, "--reason", "a test", "--json")
+    time.sleep(2.5)
+    assert peers() == 0 and " 0% packet loss" not in ping_once(router, inference.address)
+    router.bulkhead("incident", "unseal", json.loads(text)["id"])
+    eventually(lambda: " 0% packet loss" in ping_once(router, inference.address))
+    assert peers() == 1
 
 
 def ping_once(server: Server, address: str) -> str:
