@@ -22,7 +22,7 @@ from lab.ovs import LabError, die_with_parent
 
 from .agent_host import BareHost
 from .test_agent_attacks import inner, rich
-from .test_store_follow import Stored
+from .test_store_follow import NODE, Stored
 
 DEAD_S = 2.0
 """So soon a connection is dead whose grant is over."""
@@ -111,7 +111,7 @@ def running(host: BareHost, container: str, script: str, *arguments: str) -> Ite
 def grant(number: str, source: str = "202", target: str = "102", port: int = 8080, lasts_s: float = 600) -> GrantRecord:
     """One that is approved."""
     now = time.time()
-    record = GrantRecord(number, source, target, "tcp", port, "to see", "ann", now, 600)
+    record = GrantRecord(number, source, target, "tcp", port, "to see", "ann", now, 600, node=NODE)
     return replace(record, state=GrantState.APPROVED, decided_by="bob", decided_at=now, expires_at=now + lasts_s)
 
 
