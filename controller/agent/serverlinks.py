@@ -21,7 +21,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
@@ -62,10 +62,11 @@ class _Way:
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """What is wanted of the two interfaces."""
+    """What is wanted of the two interfaces. `seen` are the endpoints that peers send from, by name."""
 
     own: Own
     peers: tuple[Public, ...]
+    seen: Mapping[str, Endpoint]
 
     @property
     def rotating(self) -> bool:
@@ -85,12 +86,18 @@ class Links:
                 WgPeer(
                     peer.newest_key if spare else peer.public_key,
                     (Prefix(peer.address, 32),),
-                    _endpoint(peer.endpoint, spare),
+                    self._endpoint(peer, spare),
                     KEEPALIVE_S,
                 )
                 for peer in self.peers
             ),
         )
+
+    def _endpoint(self, peer: Public, spare: bool) -> Endpoint | None:
+        # A peer that only dials is found where it was last, also by an interface that is new. Beside its port is the
+        # spare one's, unless ports are translated on the way.
+        endpoint = peer.endpoint or self.seen.get(peer.name)
+        return replace(endpoint, port=endpoint.port + spare) if endpoint is not None else None
 
     def key(self, peer: Public, interface: str) -> str:
         """A peer's public key at an interface."""
@@ -99,10 +106,6 @@ class Links:
     def moves(self, peer: Public) -> bool:
         """Whether what is between this machine and a peer has to move to the spare interface."""
         return self.own.next_key is not None or peer.next_key is not None
-
-
-def _endpoint(endpoint: Endpoint | None, spare: bool) -> Endpoint | None:
-    return replace(endpoint, port=endpoint.port + 1) if endpoint is not None and spare else endpoint
 
 
 class ServerLinks:
@@ -125,6 +128,7 @@ class ServerLinks:
         self._tunnels = {name: self._tunnel(name) for name in WG_INTERFACES}
         self._ways: dict[tuple[str, str], _Way] = {}
         self._by: dict[str, str] = {}
+        self._seen: dict[str, Endpoint] = {}
         self._trouble = ""
         self._clear = False
         self._spare_up = True  # until it was looked at
@@ -183,7 +187,7 @@ class ServerLinks:
             for peer in self._wg.peers(self._profile)
             if not any(IPv4Address(str(peer.address)) in network for network in cut)
         )
-        links = self._links = Links(self._wg.own(), peers)
+        links = self._links = Links(self._wg.own(), peers, self._seen)
         if links.own.address != self._profile.address:
             raise Failed(
                 f"the key was made for {links.own.address}, and the state file has {self._profile.address}; run: "
@@ -193,13 +197,14 @@ class ServerLinks:
             await refuse_overlap(self._profile)
             self._clear = True
         trouble = await self._make(WG_INTERFACE)
+        shown = {WG_INTERFACE: await self._shown(WG_INTERFACE)}
+        self._notice(links, shown[WG_INTERFACE])
         spare = links.rotating or self._spare_up
         if spare and (links.rotating or await self._there(WG_SPARE)):
             trouble = await self._make(WG_SPARE) or trouble
             self._spare_up = True
         else:
             self._spare_up = False
-        shown = {WG_INTERFACE: await self._shown(WG_INTERFACE)}
         if self._spare_up:
             shown[WG_SPARE] = await self._shown(WG_SPARE)
         self._look(links, shown)
@@ -211,6 +216,13 @@ class ServerLinks:
         if trouble is not None:
             raise trouble
         return self._spare_up
+
+    def _notice(self, links: Links, shown: Shown) -> None:
+        for peer in links.peers:
+            found = shown.peers.get(peer.public_key)
+            host, _, port = found.endpoint.rpartition(":") if found is not None and found.is_recent else ("", "", "")
+            if host[:1].isdigit() and port.isdecimal() and int(port) < 65535:  # IPv4
+                self._seen[peer.name] = Endpoint(host, int(port))
 
     # -------------------------------------------------------------------------------------------------- interfaces
 
