@@ -104,7 +104,7 @@ def test_endpoint_unreachable_is_told_and_healed(watched: Watched) -> None:
         until(lambda: pressure.all_pressed(EVERYBODY), WITHIN_S, "all press")
     took = works_again(watched)
     until(lambda: told("tunnel_up", "egress_up"), WITHIN_S, "the logs tell that it is up")
-    assert took < 15
+    assert took < 6
     last = json.loads(watched.bulkhead("events", "--host", "--kind", "tunnel_up", "--last", "1", "--json"))
     assert last["network"] == "privacy"
     assert_tight(watched)
