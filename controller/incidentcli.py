@@ -184,6 +184,15 @@ def resume(seal_id: str, file: Path, security_dir: Path, run_dir: Path, as_json:
 @incident.command()
 @security_dir_option
 @run_dir_option
+@guarded
+def enforce(security_dir: Path, run_dir: Path) -> None:
+    """Load into the firewall what every seal cuts off; done when the host starts, and nothing changes otherwise."""
+    _seals(security_dir, run_dir).enforce()
+
+
+@incident.command()
+@security_dir_option
+@run_dir_option
 @json_option
 @guarded
 def status(security_dir: Path, run_dir: Path, as_json: bool) -> None:

@@ -19,6 +19,7 @@ from controller.security.pki.authority import SETTLE_S, Issued, Move, Pki
 from controller.security.pki.disk import Disk
 from controller.security.pki.holder import Holder
 from controller.security.pki.identity import DAYS, Identity, Usage
+from controller.security.pki.state import Export
 from controller.terminal import NO, UNKNOWN, columns, guarded, json_option, print_grid, print_json, reporting, say
 from controller.wgkeys import Secret
 
@@ -406,7 +407,10 @@ def sign(
 @guarded
 def accept(file: Path, new_ca: bool, security_dir: Path, as_json: bool) -> None:
     """Take up what the CA has sent, from FILE (- for standard input): certificate, trust, revocations. It is tried first."""
-    found = Holder(_directory(security_dir)).accept(_read(file), new_ca=new_ca)
+    holder = Holder(_directory(security_dir))
+    found = holder.accept(_read(file), new_ca=new_ca)
+    if failed := delivery.Deliveries(holder).refresh():
+        raise BulkheadError(f"it is taken up here, but not everywhere: {'; '.join(failed)}; mend that, and accept it again")
     if found is None:
         _tell(as_json, "trust and revocations are taken up", name=None)
         return
@@ -441,15 +445,26 @@ def export(
 
     With --to the directory is kept up to date by every command from then on: renewed, with new revocations.
     """
+    if forget is None and trust == (name is not None):
+        raise BulkheadError("say what: a NAME, or --trust")
+    user = delivery.find_user(owner).pw_uid if owner else None
+    directory = _directory(security_dir)
+    if not Pki(directory).is_ca and (forget or (to and name)):
+        here = delivery.Deliveries(Holder(directory))
+        if forget is not None:
+            here.forget(forget.absolute())
+            click.echo(f"{forget} is left as it is")
+        elif to is not None and name is not None:
+            here.add(Export(str(to.absolute()), name, user))
+            click.echo(f"{to} is up to date, and is kept so")
+        return
     found = _pki(security_dir, passphrase)
     if forget is not None:
         found.forget_export(forget.absolute())
         click.echo(f"{forget} is left as it is")
         return
-    if trust == (name is not None):
-        raise BulkheadError("say what: a NAME, or --trust")
     if to is not None and name is not None:
-        found.export(name, to.absolute(), delivery.find_user(owner).pw_uid if owner else None)
+        found.export(name, to.absolute(), user)
         click.echo(f"{to} is up to date, and is kept so")
         return
     if with_key and output is None and sys.stdout.isatty():

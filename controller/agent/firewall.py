@@ -165,7 +165,13 @@ def _input(state: DesiredState, host: HostState, uplinks: Sequence[str]) -> Iter
     yield "icmpv6 type { echo-request, packet-too-big, " + _ERRORS + " } accept"
     yield f"icmpv6 type {{ {_NEIGHBOURS} }} ip6 hoplimit 255 accept"
     yield "icmpv6 type { mld-listener-query, mld-listener-report, mld-listener-done, mld2-listener-report } accept"
-    world = _uplink(state, uplinks)
+    if host.security is None:
+        world = _uplink(state, uplinks)
+    elif host.uplinks:
+        world = f"iifname {_names(host.uplinks)}"
+    else:  # a role's rules are what its state file says, and not what routes there are just now
+        tunnels = allowed.tunnel.interfaces if allowed.tunnel is not None else ()
+        world = f"iifname != {_names(sorted({'lo', *_bridges(state), *tunnels}))}"
     yield f"{world} meta nfproto ipv4 udp sport 67 udp dport 68 accept"
     yield f"{world} ip6 saddr fe80::/10 udp sport 547 udp dport 546 accept"
     if trusted:

@@ -14,13 +14,19 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 
 from controller.problems import BulkheadError
 
 ANALYZE_S = 60
 STATE_FILE = "/etc/bulkhead/state.yaml"
-EXPOSURE_LIMITS = {"bulkhead-agent.service": 7.0, "bulkhead-chores@.service": 4.0, "bulkhead-wg.service": 4.0}
+EXPOSURE_LIMITS = {
+    "bulkhead-agent.service": 7.0,
+    "bulkhead-chores@.service": 4.0,
+    "bulkhead-wg.service": 4.0,
+    "bulkhead-firewall.service": 4.0,
+}
 """The worst score that is accepted. The agent makes namespaces, devices and firewalls: root's work."""
 EXPOSURE_LIMIT = 2.0
 
@@ -58,9 +64,17 @@ HARDENED: Mapping[str, str] = {
 }
 
 
+class Kind(StrEnum):
+    """How a unit runs: until it is stopped, once when the host starts, or whenever it is called."""
+
+    SERVICE = "service"
+    BOOT = "boot"
+    CALLED = "called"
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A service: what it runs as whom, and where that differs from `HARDENED`."""
+    """A service: what it runs (commands, a line each) as whom, and where that differs from `HARDENED`."""
 
     name: str
     text: str
@@ -69,7 +83,9 @@ class Unit:
     settings: Mapping[str, str] = field(default_factory=dict)
     after: tuple[str, ...] = ("network.target",)
     groups: tuple[str, ...] = ()
-    restart: bool = True
+    kind: Kind = Kind.SERVICE
+    requires: tuple[str, ...] = ()
+    """What has to have started well: without its firewall a service does not start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +98,25 @@ class Chore:
 
 
 _SECURITY = "/var/lib/bulkhead/security"
+_FIREWALL = "bulkhead-firewall.service"
 
 UNITS: tuple[Unit, ...] = (
+    Unit(
+        "firewall",
+        "Bulkhead's firewall of this host, from its start on",
+        f"bulkhead incident enforce\nbulkhead firewall apply {STATE_FILE}",
+        "root",
+        {
+            "PrivateUsers": "no",
+            "CapabilityBoundingSet": "CAP_NET_ADMIN CAP_SYS_ADMIN",  # a table is tried in a network namespace first
+            "AmbientCapabilities": "",
+            "RestrictNamespaces": "net",
+            "RestrictAddressFamilies": "AF_UNIX AF_INET AF_INET6 AF_NETLINK",
+            "ReadWritePaths": f"/run -{_SECURITY}",
+        },
+        after=("local-fs.target",),
+        kind=Kind.BOOT,
+    ),
     Unit(
         "router",
         "Bulkhead's TLS 1.3 router",
@@ -94,11 +127,14 @@ UNITS: tuple[Unit, ...] = (
             "AmbientCapabilities": "CAP_NET_BIND_SERVICE",
             "PrivateUsers": "no",  # a port below 1024 is bound with a capability of the machine's own user namespace
             "StateDirectory": "bulkhead/router",
+            "StateDirectoryMode": "0700",
             "RuntimeDirectory": "bulkhead-router",
             # Its own certificates and clients, delivered there: bulkhead pki export NAME --to DIRECTORY --owner router
             "Environment": "BULKHEAD_RUN_DIR=/run/bulkhead-router BULKHEAD_SECURITY_DIR=/var/lib/bulkhead/router",
         },
+        after=("network.target", _FIREWALL, "bulkhead-wg.service"),
         groups=("inference",),
+        requires=(_FIREWALL,),
     ),
     Unit(
         "inference",
@@ -108,12 +144,14 @@ UNITS: tuple[Unit, ...] = (
         {
             "PrivateUsers": "no",  # its socket is given to another group
             "StateDirectory": "bulkhead/inference",
+            "StateDirectoryMode": "0700",
             "RuntimeDirectory": "bulkhead-inference",
             "RuntimeDirectoryMode": "0750",
             "Environment": "BULKHEAD_SECURITY_DIR=/var/lib/bulkhead/inference",
         },
-        after=("network.target", "bulkhead-agent.service"),
+        after=("network.target", "bulkhead-agent.service", _FIREWALL, "bulkhead-wg.service"),
         groups=("router",),
+        requires=(_FIREWALL,),
     ),
     Unit(
         "controller",
@@ -184,6 +222,8 @@ UNITS: tuple[Unit, ...] = (
             "Environment": "BULKHEAD_RUN_DIR=/run/bulkhead-wg",
             "ReadWritePaths": f"-{_SECURITY}",
         },
+        after=("network.target", _FIREWALL),
+        requires=(_FIREWALL,),
     ),
     Unit(
         "api",
@@ -228,7 +268,7 @@ UNITS: tuple[Unit, ...] = (
             "RestrictAddressFamilies": "AF_UNIX AF_INET AF_INET6 AF_NETLINK",
             "ReadWritePaths": f"-{_SECURITY}",
         },
-        restart=False,
+        kind=Kind.CALLED,
     ),
 )
 CHORES: tuple[Chore, ...] = (
@@ -267,26 +307,30 @@ def find_program() -> str:
 
 def service(unit: Unit, program: str) -> str:
     """The text of a service."""
-    settings = {**HARDENED, **unit.settings}
-    command = unit.command.replace("bulkhead", program, 1)
     lines = ["# Made by bulkhead units; changes belong in a drop-in.", "[Unit]", f"Description={unit.text}"]
-    lines += [f"After={' '.join(unit.after)}", "", "[Service]"]
-    lines += ["Type=exec" if unit.restart else "Type=oneshot", f"ExecStart={command}", f"User={unit.user}"]
-    if unit.restart:
+    lines.append(f"After={' '.join(unit.after)}")
+    if unit.requires:
+        lines.append(f"Requires={' '.join(unit.requires)}")
+    if unit.kind is Kind.BOOT:  # as early as Debian's own nftables.service: before there is any network
+        lines += ["DefaultDependencies=no", "Wants=network-pre.target", "Before=network-pre.target shutdown.target"]
+        lines.append("Conflicts=shutdown.target")
+    lines += ["", "[Service]", f"Type={'exec' if unit.kind is Kind.SERVICE else 'oneshot'}"]
+    lines += [f"ExecStart={line.replace('bulkhead', program, 1)}" for line in unit.command.split("\n")]
+    lines.append(f"User={unit.user}")
+    if unit.kind is Kind.SERVICE:
         lines += ["ExecReload=/bin/kill -HUP $MAINPID", "Restart=on-failure", "RestartSec=1"]
-    else:
-        lines += [
-            "SuccessExitStatus=1",
-            "TimeoutStartSec=10min",
-        ]  # the answer no is told by events, not as a failed unit
+    elif unit.kind is Kind.BOOT:
+        lines.append("RemainAfterExit=yes")
+    else:  # the answer no is told by events, not as a failed unit
+        lines += ["SuccessExitStatus=1", "TimeoutStartSec=10min"]
     if unit.groups:
         lines.append(f"SupplementaryGroups={' '.join(unit.groups)}")
-    for key, value in settings.items():
+    for key, value in {**HARDENED, **unit.settings}.items():
         if value == "none":
             lines.append(f"{key}=")
         elif value:
             lines += [f"{key}={part}" for part in value.split("\n")]
-    if unit.restart:
+    if unit.kind is not Kind.CALLED:
         lines += ["", "[Install]", "WantedBy=multi-user.target"]
     return "\n".join(lines) + "\n"
 

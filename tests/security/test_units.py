@@ -34,7 +34,7 @@ def test_every_part_but_root_s_own_has_a_user_and_no_privileges() -> None:
         if unit.user != "root":
             assert f"u {unit.user} " in units.SYSUSERS
             assert "ProtectSystem=strict" in text and "PrivateDevices=yes" in text
-        if unit.name not in ("agent", "chores@", "router", "wg"):
+        if unit.name not in ("agent", "chores@", "firewall", "router", "wg"):
             assert "\nCapabilityBoundingSet=\n" in text
 
 

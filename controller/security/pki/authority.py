@@ -96,6 +96,11 @@ class Pki:
     # - questions
 
     @property
+    def is_ca(self) -> bool:
+        """Whether there is a CA in its directory."""
+        return (self.directory / "state.json").exists()
+
+    @property
     def state(self) -> State:
         """What it knows. Raises `BulkheadError` if there is no CA here."""
         path = self.directory / "state.json"

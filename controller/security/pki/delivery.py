@@ -1,20 +1,23 @@
-"""Directories of certificates for programs that run as other users, kept up to date by the CA. Imports disk and holder.
+"""Directories of certificates for programs that run as other users, kept up to date by the CA's commands and by `accept`.
+Imports disk and holder.
 
 What runs as another user owns its directory and may have put links there, so it is that user who writes to it, not root.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import signal
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from controller.problems import BulkheadError
 from controller.security.pki import making
-from controller.security.pki.disk import Disk
+from controller.security.pki.disk import Disk, locked, read
 from controller.security.pki.holder import Holder
 from controller.security.pki.state import Export
 
@@ -47,6 +50,52 @@ def up_to_date(export: Export, holder: Holder) -> bool:
         )
     except BulkheadError:
         return False
+
+
+class Deliveries:
+    """The directories that a machine without the CA keeps up to date from its own, in `exports.json` there."""
+
+    def __init__(self, holder: Holder) -> None:
+        self._holder = holder
+        self._file = holder.directory / "exports.json"
+
+    def all(self) -> tuple[Export, ...]:
+        """Those that are known. Raises `BulkheadError`."""
+        try:
+            return tuple(Export(**one) for one in json.loads(read(self._file) or b"[]"))
+        except (ValueError, TypeError):
+            raise BulkheadError(f"{self._file} is damaged; remove it, and export again: bulkhead pki export") from None
+
+    def add(self, export: Export) -> None:
+        """Have a directory, and keep it up to date from now on. Raises `BulkheadError`."""
+        deliver(export, self._holder.bundle(export.name))
+        self._change(lambda known: (*(one for one in known if one.directory != export.directory), export))
+
+    def forget(self, directory: Path) -> None:
+        """Keep a directory up to date no more; what is in it stays. Raises `BulkheadError`."""
+        known = ", ".join(one.directory for one in self.all()) or "none"
+        if str(directory) not in {one.directory for one in self.all()}:
+            raise BulkheadError(f"{directory} is not kept up to date; these are: {known}")
+        self._change(lambda known: tuple(one for one in known if one.directory != str(directory)))
+
+    def refresh(self) -> list[str]:
+        """Bring all that are behind up to date; for each that cannot be, why."""
+        failed = []
+        for export in self.behind():
+            try:
+                deliver(export, self._holder.bundle(export.name))
+            except BulkheadError as exc:
+                failed.append(f"{export.directory}: {exc}")
+        return failed
+
+    def behind(self) -> list[Export]:
+        """Those that are not up to date."""
+        return [export for export in self.all() if not up_to_date(export, self._holder)]
+
+    def _change(self, change: Callable[[tuple[Export, ...]], tuple[Export, ...]]) -> None:
+        with locked(self._holder.directory):
+            text = json.dumps([asdict(one) for one in change(self.all())], indent=1)
+            self._holder.disk.write(self._file, f"{text}\n".encode())
 
 
 def find_user(name: str) -> pwd.struct_passwd:

@@ -64,6 +64,14 @@ class Holder:
         pem = read(self.ca)
         return making.certificates(pem, str(self.ca)) if pem else []
 
+    def bundle(self, name: str) -> bytes:
+        """What the programs that use a name need, PEM: certificate, trust, revocations, key. Raises `BulkheadError`."""
+        pair = self.link(name)
+        parts = [read(path) for path in (pair / "cert.pem", self.ca, self.crl, pair / "key.pem")]
+        if None in parts:
+            raise BulkheadError(f"{name} has no certificate here; make a request, and accept what is sent back")
+        return b"".join(part for part in parts if part is not None)
+
     def revocations(self) -> list[x509.CertificateRevocationList]:
         """The lists of revocations."""
         return making.crls(read(self.crl) or b"", str(self.crl))

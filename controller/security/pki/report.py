@@ -17,6 +17,7 @@ from cryptography import x509
 from controller.problems import BulkheadError
 from controller.security.pki import making, trial
 from controller.security.pki.authority import Due, Pki, lists_due, utc_now
+from controller.security.pki.delivery import Deliveries
 from controller.security.pki.holder import Holder
 from controller.security.pki.identity import Usage
 
@@ -53,6 +54,9 @@ def due(directory: Path, now: dt.datetime | None = None) -> list[Due]:
         why = "its certificate has ended" if now >= ends else "its certificate is past two thirds of its life"
         fix = f"bulkhead pki request {name}, and have it signed where the CA is"
         found.append(Due(name, why, fix, at, ends, now >= at + (ends - at) / 2))
+    for export in Deliveries(holder).behind():
+        fix = f"accept it again: bulkhead pki accept FILE, or bulkhead pki export --forget {export.directory}"
+        found.append(Due(export.directory, f"what {export.name} uses there is behind", fix, now, now, True))
     return found + lists_due(holder, now)
 
 
