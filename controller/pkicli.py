@@ -410,7 +410,9 @@ def accept(file: Path, new_ca: bool, security_dir: Path, as_json: bool) -> None:
     holder = Holder(_directory(security_dir))
     found = holder.accept(_read(file), new_ca=new_ca)
     if failed := delivery.Deliveries(holder).refresh():
-        raise BulkheadError(f"it is taken up here, but not everywhere: {'; '.join(failed)}; mend that, and accept it again")
+        raise BulkheadError(
+            f"it is taken up here, but not everywhere: {'; '.join(failed)}; mend that, and accept it again"
+        )
     if found is None:
         _tell(as_json, "trust and revocations are taken up", name=None)
         return

@@ -28,7 +28,7 @@ _EMPTY = ("tmp", "root", "home", "var/tmp", "var/log", "var/lib/bulkhead", "etc/
 """What of this machine is not to be seen there."""
 
 # Keeps the machine's disk: memory, seen by nobody else, gone with this process.
-_DISK = """
+_DISK = r"""
 mount --make-rprivate /
 mount -t tmpfs -o mode=755 tmpfs "$1"
 mkdir "$1/changes" "$1/work" "$1/root"
@@ -56,7 +56,7 @@ exec sleep infinity
 """
 
 # Process 1 of the machine, until it becomes systemd.
-_BOOT = """
+_BOOT = r"""
 mount --make-rprivate /
 root="$1/root"
 cd "$root"
@@ -118,10 +118,13 @@ class Machine(Here):
             raise LabError(f"{name} has no disk: {said or 'is this root?'}")
 
     def on(self) -> None:
-        """Switch it on: processes and network are new, files as they were. Raises `LabError`."""
+        """Switch it on: processes and network are new, files as they were. Raises `LabError`.
+
+        It lives as long as the thread that switched it on: that is what PR_SET_PDEATHSIG of prctl(2) means by a parent.
+        """
         self._groups = _groups()
         source, python = Path(__file__).resolve().parent.parent, Path(sys.prefix)
-        enter = "for each in %s; do echo $$ > $each/cgroup.procs; done; exec \"$@\"" % " ".join(map(str, self._groups))
+        enter = 'for each in %s; do echo $$ > $each/cgroup.procs; done; exec "$@"' % " ".join(map(str, self._groups))
         words = ["sh", "-ec", enter, "boot", "nsenter", f"--mount=/proc/{self._disk.pid}/ns/mnt", "unshare", "--mount"]
         words += ["--pid", "--net", "--uts", "--ipc", "--cgroup", "--fork", "--kill-child", "sh", "-ec", _BOOT, "boot"]
         words += [str(self._directory), str(source), str(python)]

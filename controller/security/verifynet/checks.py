@@ -286,6 +286,11 @@ def _suites(tls: Tls) -> Answer:
     return bad, ", ".join(tls.suites), "let nothing but bulkhead router answer on that port"
 
 
+def _served(tls: Tls) -> Answer:
+    bad = ["another certificate is shown than the one in use here"] if tls.wanted not in ("", tls.shown) else []
+    return bad, "the port shows the certificate in use", "bulkhead pki export NAME --to DIRECTORY --owner USER, once"
+
+
 def _anonymous(tls: Tls) -> Answer:
     return (
         ["answers without a client's certificate"] if tls.anonymous else [],
@@ -363,6 +368,7 @@ LINES: tuple[Line, ...] = (
     ),
     Line("certificate authority", _ALL, _ca),
     Line("tls versions", _ALL, _tls(_versions), ("router listens", "inference listens", *_CERTS)),
+    Line("tls certificate", _ALL, _tls(_served), ("tls versions",)),
     Line("tls suites", _ALL, _tls(_suites), ("tls versions",)),
     Line("tls client certificate", frozenset({_INFERENCE}), _tls(_anonymous), ("inference listens", *_CERTS)),
     Line(

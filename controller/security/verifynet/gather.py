@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import grp
+import hashlib
 import json
 import os
 import pwd
@@ -23,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TypeVar
+
+from cryptography.hazmat.primitives import hashes
 
 from controller.problems import BulkheadError
 from controller.security import tls, units
@@ -78,7 +81,7 @@ def gather(asked: Asked, security_dir: Path, root: Path, rules: str | Gap) -> Se
     with ThreadPoolExecutor(max_workers=8) as pool:
         probes = pool.submit(_probes, asked, listeners)
         certificates = pool.submit(_certificates, asked, security_dir / "pki")
-        served = pool.submit(_tls, asked)
+        served = pool.submit(_tls, asked, security_dir / "pki")
         upstreams = pool.submit(_upstreams, asked, security_dir / "pki")
         return Seen(
             rules=rules,
@@ -297,7 +300,7 @@ def _ca_days(pki: Path) -> float | Gap:
     return min((one.not_valid_after_utc - dt.datetime.now(dt.UTC)).total_seconds() / 86400 for one in found)
 
 
-def _tls(asked: Asked) -> Tls | Gap:
+def _tls(asked: Asked, pki: Path) -> Tls | Gap:
     where = ("127.0.0.1", asked.listen) if asked.routes else (str(asked.address), asked.inference_port)
     try:
         socket.create_connection(where, CONNECT_S).close()
@@ -308,7 +311,10 @@ def _tls(asked: Asked) -> Tls | Gap:
         taken = list(pool.map(lambda suite: _takes_suite(where, suite), SUITES))
     suites = tuple(suite for suite, yes in zip(SUITES, taken, strict=True) if yes)
     anonymous = _answers(where) if asked.role == "inference" else None
-    return Tls(_takes(where, ssl.TLSVersion.TLSv1_3), old, suites, anonymous)
+    shown = _shown(where)
+    current = _known(lambda: Holder(pki).current(asked.name), "")
+    wanted = "" if current is None or isinstance(current, Gap) else current.fingerprint(hashes.SHA256()).hex()
+    return Tls(bool(shown), old, suites, anonymous, shown, wanted)
 
 
 def _anybody(version: ssl.TLSVersion) -> ssl.SSLContext:
@@ -329,6 +335,18 @@ def _takes(where: tuple[str, int], version: ssl.TLSVersion) -> bool:
             return True
     except (OSError, ValueError):
         return False
+
+
+def _shown(where: tuple[str, int]) -> str:
+    """The SHA-256 of the certificate that is shown in TLS 1.3; empty where that is not taken."""
+    try:
+        with (
+            socket.create_connection(where, CONNECT_S) as plain,
+            _anybody(ssl.TLSVersion.TLSv1_3).wrap_socket(plain) as secured,
+        ):
+            return hashlib.sha256(secured.getpeercert(binary_form=True) or b"").hexdigest()
+    except (OSError, ValueError):
+        return ""
 
 
 def _answers(where: tuple[str, int]) -> bool:

@@ -79,13 +79,16 @@ class KeyFile:
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """What a TLS port does: versions older than 1.3 and suites that it took, whether it takes 1.3, and whether it answers
-    without a certificate (None where that was not tried)."""
+    """What a TLS port does: versions older than 1.3 and suites that it took, whether it takes 1.3, whether it answers
+    without a certificate (None where that was not tried), and the SHA-256 of the certificate it shows and of the one it
+    should (empty where there is none)."""
 
     modern: bool
     old: tuple[str, ...] = ()
     suites: tuple[str, ...] = ()
     anonymous: bool | None = None
+    shown: str = ""
+    wanted: str = ""
 
 
 @dataclass(frozen=True, slots=True)
