@@ -303,7 +303,12 @@ def recovery(seals: Seals, one: Seal, file: Path, security_dir: Path, root: Path
             Step("evidence", "the evidence is what was saved", evidence_kept, lambda: None),
             Step("review", "read the logs and the evidence, and find out how it happened", lambda: ""),
             Step("rebuild", "rebuild the servers that are cut off, from clean images", lambda: ""),
-            Step("certificates", "replace every certificate", certificates_new, lambda: _replace(security_dir)),
+            Step(
+                "certificates",
+                "replace every certificate",
+                certificates_new,
+                lambda: _replace(security_dir, certificates_new()),
+            ),
             Step("keys", "replace the WireGuard keys", lambda: "", lambda: _rotate_keys(security_dir)),
             Step("firewall", "the rules are the wanted ones", firewall, lambda: None),
             Step("network", "all that can be green before unsealing is", lambda: lines(while_sealed), lambda: None),
@@ -313,8 +318,17 @@ def recovery(seals: Seals, one: Seal, file: Path, security_dir: Path, root: Path
     )
 
 
-def _replace(security_dir: Path) -> None:
-    Pki(security_dir / "pki").replace_all()
+def _replace(security_dir: Path, left: str) -> None:
+    """Replace every certificate; where the CA is elsewhere people do it, and it is done when none is `left`."""
+    pki = Pki(security_dir / "pki")
+    if not pki.is_ca:
+        if not left:
+            return
+        raise BulkheadError(
+            f"the CA is not on this machine. For each of {', '.join(pki.holder.names())}: bulkhead pki request NAME here, "
+            "bulkhead pki sign where the CA is, bulkhead pki accept here; then run this again"
+        )
+    pki.replace_all()
 
 
 def _ignore(_value: object) -> None:

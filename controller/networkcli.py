@@ -52,7 +52,7 @@ def firewall_difference(file: Path) -> str | Gap:
 
 def look(file: Path, security_dir: Path, root: Path) -> tuple[Asked, Seen]:
     """What a state FILE asks of this machine, and how the machine is."""
-    asked = read_asked(file)
+    asked = read_asked(file, security_dir)
     return asked, gather(asked, security_dir, root, firewall_difference(file))
 
 

@@ -92,6 +92,7 @@ exec env -i container=bulkhead PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/us
     /lib/systemd/systemd --log-target=journal --show-status=no < /dev/null > /dev/null 2>&1
 """
 
+_ENTER = 'for each in $1; do echo $$ > "$each/cgroup.procs"; done; shift; exec "$@"'
 _ENVIRONMENT = ("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LANG=C.UTF-8")
 
 
@@ -124,8 +125,18 @@ class Machine(Here):
         """
         self._groups = _groups()
         source, python = Path(__file__).resolve().parent.parent, Path(sys.prefix)
-        enter = 'for each in %s; do echo $$ > $each/cgroup.procs; done; exec "$@"' % " ".join(map(str, self._groups))
-        words = ["sh", "-ec", enter, "boot", "nsenter", f"--mount=/proc/{self._disk.pid}/ns/mnt", "unshare", "--mount"]
+        groups = " ".join(map(str, self._groups))
+        words = [
+            "sh",
+            "-ec",
+            _ENTER,
+            "enter",
+            groups,
+            "nsenter",
+            f"--mount=/proc/{self._disk.pid}/ns/mnt",
+            "unshare",
+            "--mount",
+        ]
         words += ["--pid", "--net", "--uts", "--ipc", "--cgroup", "--fork", "--kill-child", "sh", "-ec", _BOOT, "boot"]
         words += [str(self._directory), str(source), str(python)]
         self._systemd = subprocess.Popen(

@@ -31,7 +31,7 @@ PKI = ("private", "key", "validity", "renewal", "chain", "names", "revocation", 
 
 
 def asked(role: str) -> Asked:
-    peer = Peer("other", IPv4Address("10.0.0.1" if role == "inference" else "10.0.0.2"), KEY)
+    peer = Peer("other", IPv4Address("10.0.0.1" if role == "inference" else "10.0.0.2"), (KEY,))
     return Asked(
         role,
         "me",
@@ -155,6 +155,7 @@ DAMAGES: list[tuple[str, str, Callable[[Seen], Seen]]] = [
     ("users", "dev", set_(users={"router": "/bin/bash", "inference": "/usr/sbin/nologin"})),
     ("unit hardening", "router", set_(units={"bulkhead-router.service": ("NoNewPrivileges is no",)})),
     ("chores scheduled", "router", set_(timers=("bulkhead-weekly.timer",))),
+    ("starts with the host", "router", set_(asleep=("bulkhead-wg.service",))),
     ("wireguard interface", "router", set_(wg=None, upstreams=REFUSED)),
     ("wireguard port", "router", wg(listen=4000)),
     ("wireguard mtu", "router", wg(mtu=1500)),

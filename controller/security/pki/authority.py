@@ -426,7 +426,7 @@ class Pki:
         with self._changing() as state:
             self._known(state, name)
             export = Export(str(to), name, owner)
-            delivery.deliver(export, self._bundle(name, key=True))
+            delivery.deliver(export, self.holder)
             others = tuple(one for one in state.exports if one.directory != export.directory)
             if (*others, export) != state.exports:
                 self._save(replace(state, exports=(*others, export)))
@@ -446,7 +446,7 @@ class Pki:
             if delivery.up_to_date(export, self.holder):
                 continue
             try:
-                delivery.deliver(export, self._bundle(export.name, key=True))
+                delivery.deliver(export, self.holder)
             except BulkheadError as exc:
                 LOG.warning("%s is not up to date: %s", export.directory, exc)
 

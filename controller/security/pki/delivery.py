@@ -12,6 +12,7 @@ import pwd
 import signal
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,9 +26,16 @@ _REFUSED, _BROKEN = 3, 4
 _LONGEST_S = 20
 
 
-def deliver(export: Export, bundle: bytes) -> None:
-    """Bring a directory up to date, as its user. Raises `BulkheadError`."""
+def deliver(export: Export, holder: Holder) -> None:
+    """Bring a directory up to date from a holder's, as its user. Raises `BulkheadError`.
+
+    Where the certificate is there already only trust goes: it may be what has just been revoked.
+    """
     directory = Path(export.directory)
+    bundle = holder.bundle(export.name)
+    with suppress(BulkheadError):
+        if Holder(directory).current(export.name) == holder.current(export.name):
+            bundle = holder.trust()
     if not export.owner or export.owner == os.geteuid():
         Holder(directory).accept(bundle, new_ca=True)
         return
@@ -68,7 +76,7 @@ class Deliveries:
 
     def add(self, export: Export) -> None:
         """Have a directory, and keep it up to date from now on. Raises `BulkheadError`."""
-        deliver(export, self._holder.bundle(export.name))
+        deliver(export, self._holder)
         self._change(lambda known: (*(one for one in known if one.directory != export.directory), export))
 
     def forget(self, directory: Path) -> None:
@@ -83,7 +91,7 @@ class Deliveries:
         failed = []
         for export in self.behind():
             try:
-                deliver(export, self._holder.bundle(export.name))
+                deliver(export, self._holder)
             except BulkheadError as exc:
                 failed.append(f"{export.directory}: {exc}")
         return failed

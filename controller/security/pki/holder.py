@@ -72,6 +72,10 @@ class Holder:
             raise BulkheadError(f"{name} has no certificate here; make a request, and accept what is sent back")
         return b"".join(part for part in parts if part is not None)
 
+    def trust(self) -> bytes:
+        """CAs and revocations, PEM."""
+        return (read(self.ca) or b"") + (read(self.crl) or b"")
+
     def revocations(self) -> list[x509.CertificateRevocationList]:
         """The lists of revocations."""
         return making.crls(read(self.crl) or b"", str(self.crl))

@@ -1,23 +1,26 @@
-"""What the section `security` of a state file asks of this machine, as far as it can be verified. Imports profile."""
+"""What the section `security` of a state file asks of this machine, as far as it can be verified. Imports profile and wg."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
 from pathlib import Path
 
 from controller.security.profile import SSH_PORT, WG_PORT, load_profile
+from controller.security.wg import Wg
 
 __all__ = ["WG_PORT", "Asked", "Peer", "overlapping", "read_asked"]
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Another machine in the WireGuard network. Without `public_key` only its address is compared."""
+    """Another machine in the WireGuard network. `keys` are those it may have: two while one is being replaced. Without any
+    only its address is compared."""
 
     name: str
     address: IPv4Address
-    public_key: str = ""
+    keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +54,18 @@ class Asked:
         return frozenset() if self.role == "dev" else frozenset({WG_PORT})
 
 
-def read_asked(file: Path) -> Asked:
-    """The profile in a state file. Raises `BulkheadError` where there is none, or it cannot be read."""
+def read_asked(file: Path, security_dir: Path | None = None) -> Asked:
+    """The profile in a state file, with the keys that peers have handed over to this machine, in `security_dir`.
+
+    Raises `BulkheadError` where there is none, or it cannot be read.
+    """
     found = load_profile(file)
+    keys: dict[str, tuple[str, ...]] = {
+        peer.name.lower(): (peer.public_key,) for peer in found.peers if peer.public_key
+    }
+    if security_dir is not None and found.has_wireguard and os.access(security_dir / "wg", os.R_OK | os.X_OK):
+        for public in Wg(security_dir / "wg").peers(found):
+            keys[public.name.lower()] = tuple(key for key in (public.public_key, public.next_key) if key)
     return Asked(
         role=str(found.role),
         name=found.name,
@@ -61,7 +73,9 @@ def read_asked(file: Path) -> Asked:
         address=IPv4Address(str(found.address)),
         listen=found.listen,
         names=found.names,
-        peers=tuple(Peer(one.name, IPv4Address(str(one.address)), one.public_key or "") for one in found.peers),
+        peers=tuple(
+            Peer(one.name, IPv4Address(str(one.address)), keys.get(one.name.lower(), ())) for one in found.peers
+        ),
         socket=found.socket,
         group=found.socket_group,
         inference_port=found.inference_port,

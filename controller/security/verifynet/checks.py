@@ -161,11 +161,13 @@ def _units(_asked: Asked, seen: Seen) -> Answer | Gap:
 
 
 def _timers(_asked: Asked, seen: Seen) -> Answer | Gap:
-    return (
-        [f"{name} is not there" for name in seen.timers],
-        "weekly, monthly and minute timers are there",
-        ("bulkhead units install; systemctl enable --now bulkhead-weekly.timer bulkhead-monthly.timer"),
-    )
+    mend = f"bulkhead units install; systemctl daemon-reload; systemctl enable --now {' '.join(seen.timers)}"
+    return [f"{name} is not enabled" for name in seen.timers], "weekly, monthly and minute timers are enabled", mend
+
+
+def _at_boot(_asked: Asked, seen: Seen) -> Answer | Gap:
+    bad = [f"{name} does not start with the host" for name in seen.asleep]
+    return bad, "all that belongs to the role is enabled", f"systemctl enable {' '.join(seen.asleep)}"
 
 
 def _wg(judge: Callable[[Asked, Wg], Answer]) -> Callable[[Asked, Seen], Answer | Gap]:
@@ -193,8 +195,8 @@ def _wg_port(_asked: Asked, wg: Wg) -> Answer:
 
 def _ours(asked: Asked, wg: Wg) -> list[WgPeer]:
     """The peers that are declared: by key, or by address where no key is told."""
-    keys = {peer.public_key for peer in asked.peers if peer.public_key}
-    loose = {f"{peer.address}/32" for peer in asked.peers if not peer.public_key}
+    keys = {key for peer in asked.peers for key in peer.keys}
+    loose = {f"{peer.address}/32" for peer in asked.peers if not peer.keys}
     return [peer for peer in wg.peers if peer.key in keys or loose & set(peer.allowed)]
 
 
@@ -202,13 +204,13 @@ def _wg_peers(asked: Asked, wg: Wg) -> Answer:
     ours = _ours(asked, wg)
     bad = [f"a peer that is not declared: {peer.key}" for peer in wg.peers if peer not in ours]
     for peer in asked.peers:
-        if not any(p.key == peer.public_key if peer.public_key else f"{peer.address}/32" in p.allowed for p in ours):
+        if not any(p.key in peer.keys if peer.keys else f"{peer.address}/32" in p.allowed for p in ours):
             bad.append(f"{peer.name} is not a peer")
     return bad, f"the {len(ours)} declared", f"wg set {wg.interface} peer KEY remove, or bulkhead wg add FILE"
 
 
 def _wg_allowed(asked: Asked, wg: Wg) -> Answer:
-    by_key = {peer.public_key: peer for peer in asked.peers if peer.public_key}
+    by_key = {key: peer for peer in asked.peers for key in peer.keys}
     bad = []
     for peer in _ours(asked, wg):
         declared = by_key.get(peer.key)
@@ -333,6 +335,7 @@ LINES: tuple[Line, ...] = (
     Line("socket group", frozenset({_DEV}), _socket_group, ("socket",)),
     Line("users", _ALL, _users),
     Line("unit hardening", _ALL, _units),
+    Line("starts with the host", _ALL, _at_boot),
     Line("chores scheduled", _ALL, _timers),
     Line("wireguard interface", _WG, _wg_there),
     Line("wireguard port", _WG, _wg(_wg_port), ("wireguard interface",)),

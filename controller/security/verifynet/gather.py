@@ -31,6 +31,7 @@ from controller.problems import BulkheadError
 from controller.security import tls, units
 from controller.security.pki import Holder
 from controller.security.pki.report import Check, checks
+from controller.security.profile import WG_INTERFACE
 from controller.security.verifynet import probe
 from controller.security.verifynet.asked import Asked
 from controller.security.verifynet.seen import KeyFile, Listener, Outcome, Probe, Seen, SocketFile, Tls, Wg, WgPeer
@@ -91,6 +92,7 @@ def gather(asked: Asked, security_dir: Path, root: Path, rules: str | Gap) -> Se
             users={one.pw_name: one.pw_shell for one in pwd.getpwall()},
             units=_units(asked, root),
             timers=_timers(root),
+            asleep=_asleep(asked, root),
             socket=_socket(asked.socket) if asked.role == "dev" else None,
             wg=wg,
             keys=_keys(security_dir / "wg") if asked.role != "dev" else (),
@@ -183,13 +185,27 @@ def _socket(path: Path) -> SocketFile | None:
     return SocketFile(stat.S_IMODE(found.st_mode), _user(found.st_uid), group)
 
 
+_PARTS = {"dev": ("router", "inference"), "router": ("router", "wg"), "inference": ("inference", "wg")}
+"""What runs on a machine of a role, beside its firewall."""
+
+
 def _units(asked: Asked, root: Path) -> dict[str, tuple[str, ...]]:
-    names = {"dev": ("router", "inference"), "router": ("router",), "inference": ("inference",)}[asked.role]
+    names = (*_PARTS[asked.role], "firewall", "chores@")
     return {
         units.service_name(unit): differing(root / "etc/systemd/system" / units.service_name(unit), unit)
         for unit in units.UNITS
         if unit.name in names
     }
+
+
+def _asleep(asked: Asked, root: Path) -> tuple[str, ...]:
+    """What does not start with the host. The agent loads the firewall too."""
+    wanted = root / "etc/systemd/system/multi-user.target.wants"
+    enabled = {path.name for path in wanted.iterdir()} if wanted.is_dir() else set()
+    names = [f"bulkhead-{name}.service" for name in _PARTS[asked.role]]
+    if "bulkhead-agent.service" not in enabled:
+        names.insert(0, "bulkhead-firewall.service")
+    return tuple(name for name in names if name not in enabled)
 
 
 def differing(path: Path, unit: units.Unit) -> tuple[str, ...]:
@@ -222,7 +238,7 @@ def _settings(text: str) -> dict[str, list[str]]:
 
 def _timers(root: Path) -> tuple[str, ...]:
     names = [f"bulkhead-{chore.name}.timer" for chore in units.CHORES]
-    return tuple(name for name in names if not (root / "etc/systemd/system" / name).is_file())
+    return tuple(name for name in names if not os.path.lexists(root / "etc/systemd/system/timers.target.wants" / name))
 
 
 def _wg(asked: Asked, addresses: Mapping[str, tuple[str, ...]] | Gap) -> Wg | None | Gap:
@@ -235,7 +251,7 @@ def _wg(asked: Asked, addresses: Mapping[str, tuple[str, ...]] | Gap) -> Wg | No
     both = [device for device in named if device in known.split()]
     if not both:
         return None
-    device = both[0]
+    device = min(both, key=lambda name: name != WG_INTERFACE)  # while a key is replaced there are two
     # One question for each, and never `dump`, which prints keys that are secret.
     said = {
         what: Host().run("wg", "show", device, what)

@@ -94,7 +94,8 @@ class Tls:
 @dataclass(frozen=True, slots=True)
 class Seen:
     """All of it. `rules` is the first difference between the firewall wanted and loaded, empty where there is none. `units`
-    has for each unit what differs from the wanted one. `upstreams` has for each peer why it does not answer, or nothing."""
+    has for each unit what differs from the wanted one, `asleep` those that do not start with the host, `timers` those that are
+    not enabled. `upstreams` has for each peer why it does not answer, or nothing."""
 
     rules: str | Gap
     listeners: tuple[Listener, ...] | Gap
@@ -103,6 +104,7 @@ class Seen:
     users: Mapping[str, str]
     units: Mapping[str, tuple[str, ...]]
     timers: tuple[str, ...]
+    asleep: tuple[str, ...] = ()
     socket: SocketFile | None = None
     wg: Wg | None | Gap = None
     keys: tuple[KeyFile, ...] | Gap = ()
