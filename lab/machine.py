@@ -32,12 +32,11 @@ _DISK = r"""
 mount --make-rprivate /
 mount -t tmpfs -o mode=755 tmpfs "$1"
 mkdir "$1/changes" "$1/work" "$1/root"
+"$4" -c "$5" "$1/changes" $2
 mount -t overlay -o "lowerdir=/,upperdir=$1/changes,workdir=$1/work" overlay "$1/root"
 cd "$1/root"
-for each in $2; do
-    mkdir -p "$1/empty" "$each"; rm -rf "$each"; mkdir -p "$each"
-done
 chmod 1777 tmp var/tmp
+chmod 700 root
 echo "$3" > etc/hostname
 rm -f etc/machine-id; tr -d - < /proc/sys/kernel/random/uuid > etc/machine-id
 : > etc/fstab
@@ -53,6 +52,14 @@ printf '%s\n' '#!/bin/sh' 'export PYTHONPATH=/opt/bulkhead/source PYTHONDONTWRIT
 chmod 755 usr/local/bin/bulkhead
 echo ready
 exec sleep infinity
+"""
+
+# Directories that hide what lies below them, as the kernel's overlayfs marks them.
+_HIDE = """
+import os, sys
+for name in sys.argv[2:]:
+    os.makedirs(os.path.join(sys.argv[1], name))
+    os.setxattr(os.path.join(sys.argv[1], name), "trusted.overlay.opaque", b"y")
 """
 
 # Process 1 of the machine, until it becomes systemd.
@@ -109,6 +116,7 @@ class Machine(Here):
         """systemd's process id here; 0 while the machine is switched off."""
         _sweep()
         words = ["unshare", "--mount", "sh", "-ec", _DISK, "disk", str(self._directory), " ".join(_EMPTY), name]
+        words += [sys.executable, _HIDE]
         self._disk = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             start_new_session=True, preexec_fn=die_with_parent,

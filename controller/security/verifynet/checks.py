@@ -230,7 +230,7 @@ def _wg_handshake(asked: Asked, wg: Wg) -> Answer:
     return (
         bad,
         f"the oldest {max(ages, default=0)} s ago",
-        ("see whether the peer runs, and UDP 51820 gets through: ping its address, wg show"),
+        ("see whether the peer runs, knows this machine's key (bulkhead wg add there), and UDP 51820 gets through"),
     )
 
 
