@@ -100,7 +100,20 @@ def asks_api(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def waits(function: Callable[..., None]) -> Callable[..., None]:
-    """Options of commands that change something: --wait, --timeout, --idempotency-key."""
+    """Options of commands that change something: --wait, --timeout, --idempotency-key.
+
+    The command gets them as `asked`: what `Api.post` and `Api.delete` are to be called with.
+    """
+
+    @wraps(function)
+    def wrapped(*args: Any, wait: bool, timeout_s: float | None, key: str, **kwargs: Any) -> None:
+        asked: dict[str, Any] = {"key": key, "answer_s": (timeout_s or ANSWER_S) + LATER_S}
+        if not wait:
+            asked["wait"] = False
+        elif timeout_s is not None:
+            asked["timeout"] = f"{timeout_s:g}"
+        function(*args, asked=asked, **kwargs)
+
     for option in (
         click.option("--idempotency-key", "key", default="", help="The same key again changes nothing twice."),
         click.option(
@@ -110,18 +123,8 @@ def waits(function: Callable[..., None]) -> Callable[..., None]:
             "--wait/--no-wait", "wait", default=True, show_default=True, help="Until the host is so, or only begin."
         ),
     ):  # fmt: skip
-        function = option(function)
-    return function
-
-
-def patience(wait: bool, timeout_s: float | None) -> dict[str, Any]:
-    """What a change is asked with, of the options of `waits`."""
-    asked: dict[str, Any] = {"answer_s": (timeout_s or ANSWER_S) + LATER_S}
-    if not wait:
-        asked["wait"] = False
-    elif timeout_s is not None:
-        asked["timeout"] = f"{timeout_s:g}"
-    return asked
+        wrapped = option(wrapped)
+    return wrapped
 
 
 @contextmanager
@@ -134,16 +137,14 @@ def working(what: str) -> Iterator[None]:
         yield
 
 
-def begun(reply: Any) -> bool:
-    """Whether a change was only begun (--no-wait): the answer is an operation."""
-    return isinstance(reply, dict) and "object" in reply and "kind" in reply and "result" in reply
-
-
-def tell_begun(operation: dict[str, Any]) -> None:
-    """Say what was begun, and how to ask for it."""
-    click.echo(
-        f"{operation['kind']} of {operation['object']} is {operation['state']}; see: bulkhead operation {operation['id']}"
-    )
+def tell(reply: Any, done: Callable[[Any], str], as_json: bool) -> None:
+    """Say what became of a change: what `done` makes of the answer or, if it was only begun, how to ask for it."""
+    if as_json:
+        print_json(reply)
+    elif isinstance(reply, dict) and "object" in reply and "kind" in reply and "result" in reply:
+        click.echo(f"{reply['kind']} of {reply['object']} is {reply['state']}; see: bulkhead operation {reply['id']}")
+    else:
+        click.echo(done(reply))
 
 
 def may_go_on(question: str, yes: bool) -> bool:

@@ -15,23 +15,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from controller.problems import BulkheadError
-from controller.terminal import NO, columns, guarded, json_option, print_grid, print_json, say
+from controller.terminal import NO, columns, guarded, json_option, print_grid, print_json, say, security_dir_option
 
 if TYPE_CHECKING:
     from controller.security.hpke import Client, RouterKeys
 
-SECURITY_DIR = Path("/var/lib/bulkhead/security")
 SUITES = ("auth", "base+ed25519")
 _DAY_S = 86400
-
-security_dir_option = click.option(
-    "--security-dir",
-    type=click.Path(path_type=Path),
-    default=SECURITY_DIR,
-    show_default=True,
-    envvar="BULKHEAD_SECURITY_DIR",
-    help="Where certificates, keys and clients are kept.",
-)
 
 
 @click.group()

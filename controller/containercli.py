@@ -11,17 +11,15 @@ import click
 
 from controller.apiterm import (
     asks_api,
-    begun,
     cells,
     coloured,
     container_names,
     may_go_on,
     moment,
     network_names,
-    patience,
     print_fields,
     rows,
-    tell_begun,
+    tell,
     waits,
     working,
 )
@@ -132,9 +130,7 @@ def create(
     address: str | None,
     node: str | None,
     words: tuple[str, ...],
-    wait: bool,
-    timeout_s: float | None,
-    key: str,
+    asked: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Create container NAME, and wait until it runs and its flows are in place.
@@ -149,16 +145,13 @@ def create(
     }  # fmt: skip
     body |= {what: value for what, value in optional.items() if value not in (None, "", [])}
     with working(f"creating {name}"):
-        made = api.post("/api/containers/create", body, key=key, **patience(wait, timeout_s))
-    if as_json:
-        print_json(made)
-    elif begun(made):
-        tell_begun(made)
-    else:
-        click.echo(
-            f"container {made['name']} ({made['id']}) is {made['state']}: {made['address']} on {made['network']}, "
-            f"port {made['port']}"
-        )
+        made = api.post("/api/containers/create", body, **asked)
+    tell(made, _made, as_json)
+
+
+def _made(c: dict[str, Any]) -> str:
+    where = f"{c['address']} on {c['network']}, port {c['port']}"
+    return f"container {c['name']} ({c['id']}) is {c['state']}: {where}"
 
 
 def _split(text: str) -> list[str]:
@@ -193,32 +186,20 @@ def service(text: str) -> dict[str, object]:
 @waits
 @json_option
 @asks_api
-def delete(api: Api, name: str, yes: bool, wait: bool, timeout_s: float | None, key: str, as_json: bool) -> None:
+def delete(api: Api, name: str, yes: bool, asked: dict[str, Any], as_json: bool) -> None:
     """Delete a container that was created; what it holds is lost. On a terminal it asks first."""
     found = api.get(f"/api/containers/{segment(name)}")
     if not may_go_on(f"Delete container {found['name']} ({found['id']}) of {found['network']} and all it holds?", yes):
         raise click.Abort
     with working(f"deleting {found['name']}"):
-        gone = api.delete(f"/api/containers/{segment(found['id'])}", key=key, **patience(wait, timeout_s))
-    _tell_changed(gone, f"container {found['name']} ({found['id']}) is deleted", as_json)
+        gone = api.delete(f"/api/containers/{segment(found['id'])}", **asked)
+    tell(gone, lambda _: f"container {found['name']} ({found['id']}) is deleted", as_json)
 
 
-def _tell_changed(reply: Any, text: str, as_json: bool) -> None:
-    if as_json:
-        print_json(reply)
-    elif begun(reply):
-        tell_begun(reply)
-    else:
-        click.echo(text)
-
-
-def _switch(
-    api: Api, name: str, verb: str, done: str, wait: bool, timeout_s: float | None, key: str
-) -> tuple[Any, str]:
+def _switch(api: Api, name: str, verb: str, done: str, asked: dict[str, Any], as_json: bool) -> None:
     with working(f"{verb} of {name}"):
-        reply = api.post(f"/api/containers/{segment(name)}/{verb}", key=key, **patience(wait, timeout_s))
-    text = "" if begun(reply) else f"container {reply['name']} ({reply['id']}) {done}"
-    return reply, text
+        reply = api.post(f"/api/containers/{segment(name)}/{verb}", **asked)
+    tell(reply, lambda c: f"container {c['name']} ({c['id']}) {done}", as_json)
 
 
 @container.command("start")
@@ -226,9 +207,9 @@ def _switch(
 @waits
 @json_option
 @asks_api
-def start(api: Api, name: str, wait: bool, timeout_s: float | None, key: str, as_json: bool) -> None:
+def start(api: Api, name: str, asked: dict[str, Any], as_json: bool) -> None:
     """Start a container that was stopped."""
-    _tell_changed(*_switch(api, name, "start", "runs", wait, timeout_s, key), as_json)
+    _switch(api, name, "start", "runs", asked, as_json)
 
 
 @container.command("stop")
@@ -236,9 +217,9 @@ def start(api: Api, name: str, wait: bool, timeout_s: float | None, key: str, as
 @waits
 @json_option
 @asks_api
-def stop(api: Api, name: str, wait: bool, timeout_s: float | None, key: str, as_json: bool) -> None:
+def stop(api: Api, name: str, asked: dict[str, Any], as_json: bool) -> None:
     """Stop a container; it keeps its id, its address and what it holds."""
-    _tell_changed(*_switch(api, name, "stop", "is stopped", wait, timeout_s, key), as_json)
+    _switch(api, name, "stop", "is stopped", asked, as_json)
 
 
 @click.group("service")

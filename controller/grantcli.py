@@ -11,16 +11,14 @@ import click
 
 from controller.apiterm import (
     asks_api,
-    begun,
     cells,
     coloured,
     container_names,
     duration_s,
     grant_ids,
     moment,
-    patience,
     print_fields,
-    tell_begun,
+    tell,
     waits,
     working,
 )
@@ -147,18 +145,10 @@ def _read_port(text: str, target: dict[str, Any]) -> tuple[str, int]:
     )
 
 
-def _decide(api: Api, number: str, verb: str, wait: bool, timeout_s: float | None, key: str) -> Any:
+def _decide(api: Api, number: str, verb: str, done: Callable[[Any], str], asked: dict[str, Any], as_json: bool) -> None:
     with working(f"{verb} of grant {number}"):
-        return api.post(f"/api/grants/{segment(number)}/{verb}", key=key, **patience(wait, timeout_s))
-
-
-def _tell(reply: Any, text: str, as_json: bool) -> None:
-    if as_json:
-        print_json(reply)
-    elif begun(reply):
-        tell_begun(reply)
-    else:
-        click.echo(text)
+        reply = api.post(f"/api/grants/{segment(number)}/{verb}", **asked)
+    tell(reply, lambda g: f"grant {number} is {done(g)}", as_json)
 
 
 @grant.command("approve")
@@ -166,12 +156,14 @@ def _tell(reply: Any, text: str, as_json: bool) -> None:
 @waits
 @json_option
 @asks_api
-def approve(api: Api, number: str, wait: bool, timeout_s: float | None, key: str, as_json: bool) -> None:
+def approve(api: Api, number: str, asked: dict[str, Any], as_json: bool) -> None:
     """Approve what somebody else has asked for, and wait until it is open."""
     began = time.monotonic()
-    reply = _decide(api, number, "approve", wait, timeout_s, key)
-    took_s = time.monotonic() - began
-    _tell(reply, f"grant {number} is open after {took_s:.1f} s, until {moment(reply.get('expires_at'))}", as_json)
+
+    def done(approved: Any) -> str:
+        return f"open after {time.monotonic() - began:.1f} s, until {moment(approved['expires_at'])}"
+
+    _decide(api, number, "approve", done, asked, as_json)
 
 
 @grant.command("deny")
@@ -179,9 +171,9 @@ def approve(api: Api, number: str, wait: bool, timeout_s: float | None, key: str
 @waits
 @json_option
 @asks_api
-def deny(api: Api, number: str, wait: bool, timeout_s: float | None, key: str, as_json: bool) -> None:
+def deny(api: Api, number: str, asked: dict[str, Any], as_json: bool) -> None:
     """Deny what was asked for. It never opens."""
-    _tell(_decide(api, number, "deny", wait, timeout_s, key), f"grant {number} is denied", as_json)
+    _decide(api, number, "deny", lambda _: "denied", asked, as_json)
 
 
 @grant.command("revoke")
@@ -189,6 +181,6 @@ def deny(api: Api, number: str, wait: bool, timeout_s: float | None, key: str, a
 @waits
 @json_option
 @asks_api
-def revoke(api: Api, number: str, wait: bool, timeout_s: float | None, key: str, as_json: bool) -> None:
+def revoke(api: Api, number: str, asked: dict[str, Any], as_json: bool) -> None:
     """Close a grant before its time, with every connection it let in."""
-    _tell(_decide(api, number, "revoke", wait, timeout_s, key), f"grant {number} is revoked and closed", as_json)
+    _decide(api, number, "revoke", lambda _: "revoked and closed", asked, as_json)

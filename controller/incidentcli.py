@@ -20,7 +20,7 @@ import click
 from controller.asking import ask
 from controller.eventlog import EventLog
 from controller.events import Event, Kind
-from controller.networkcli import firewall_difference, look, security_dir_option
+from controller.networkcli import firewall_difference, look
 from controller.problems import BulkheadError
 from controller.security.hpke import Registry
 from controller.security.incident import Collection, Recovery, Seal, Seals, Step, Target
@@ -29,7 +29,18 @@ from controller.security.pki import Pki, archive, report
 from controller.security.pki.disk import Disk
 from controller.security.verifynet import judge, read_asked
 from controller.statefile import load
-from controller.terminal import NO, UNKNOWN, columns, guarded, json_option, print_grid, print_json, run_dir_option, say
+from controller.terminal import (
+    NO,
+    UNKNOWN,
+    columns,
+    guarded,
+    json_option,
+    print_grid,
+    print_json,
+    run_dir_option,
+    say,
+    security_dir_option,
+)
 from controller.verify.host.facts import Gap
 from controller.verify.host.findings import Status
 

@@ -19,19 +19,8 @@ from controller.problems import BulkheadError
 from controller.security.verifynet import Seen, exit_code, gather, judge, read_asked
 from controller.security.verifynet.asked import Asked
 from controller.statefile import load
-from controller.terminal import file_argument, guarded, json_option, print_json
+from controller.terminal import file_argument, guarded, json_option, print_json, security_dir_option
 from controller.verify.host.facts import Gap
-
-SECURITY_DIR = Path("/var/lib/bulkhead/security")
-
-security_dir_option = click.option(
-    "--security-dir",
-    type=click.Path(path_type=Path),
-    default=SECURITY_DIR,
-    show_default=True,
-    envvar="BULKHEAD_SECURITY_DIR",
-    help="Where certificates, keys and clients are kept.",
-)
 
 
 def firewall_difference(file: Path) -> str | Gap:

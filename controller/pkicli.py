@@ -20,21 +20,22 @@ from controller.security.pki.disk import Disk
 from controller.security.pki.holder import Holder
 from controller.security.pki.identity import DAYS, Identity, Usage
 from controller.security.pki.state import Export
-from controller.terminal import NO, UNKNOWN, columns, guarded, json_option, print_grid, print_json, reporting, say
+from controller.terminal import (
+    NO,
+    UNKNOWN,
+    columns,
+    guarded,
+    json_option,
+    print_grid,
+    print_json,
+    reporting,
+    say,
+    security_dir_option,
+)
 from controller.wgkeys import Secret
 
-SECURITY_DIR = Path("/var/lib/bulkhead/security")
 LONGEST_PASSPHRASE = 4096
 _path = click.Path(path_type=Path)
-
-security_dir_option = click.option(
-    "--security-dir",
-    type=_path,
-    default=SECURITY_DIR,
-    show_default=True,
-    envvar="BULKHEAD_SECURITY_DIR",
-    help="Certificates are in its directory pki.",
-)
 
 
 def passphrase_options(function: Callable[..., None]) -> Callable[..., None]:

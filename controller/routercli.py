@@ -10,22 +10,11 @@ from typing import TYPE_CHECKING
 import click
 
 from controller.problems import BulkheadError
-from controller.terminal import file_argument, guarded, run_dir_option, say
+from controller.terminal import file_argument, guarded, run_dir_option, say, security_dir_option
 
 if TYPE_CHECKING:
     from controller.security.profile import Profile
     from controller.security.router import Settings
-
-SECURITY_DIR = Path("/var/lib/bulkhead/security")
-
-security_dir_option = click.option(
-    "--security-dir",
-    type=click.Path(path_type=Path),
-    default=SECURITY_DIR,
-    show_default=True,
-    envvar="BULKHEAD_SECURITY_DIR",
-    help="Where certificates, keys and clients are kept.",
-)
 
 
 def _profile(file: Path) -> Profile:

@@ -29,6 +29,7 @@ T = TypeVar("T")
 NO, UNKNOWN = 1, 2
 RUN_DIR = Path("/run/bulkhead")
 EVENTS_DIR = Path("/var/lib/bulkhead/events")
+SECURITY_DIR = Path("/var/lib/bulkhead/security")
 
 file_argument = click.argument("file", type=click.Path(path_type=Path))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")
@@ -48,6 +49,14 @@ events_dir_option = click.option(
     show_default=True,
     envvar="BULKHEAD_EVENTS",
     help="Where the event log is.",
+)
+security_dir_option = click.option(
+    "--security-dir",
+    type=click.Path(path_type=Path),
+    default=SECURITY_DIR,
+    show_default=True,
+    envvar="BULKHEAD_SECURITY_DIR",
+    help="Where certificates (pki), WireGuard keys (wg) and clients of the router (hpke) are kept.",
 )
 
 

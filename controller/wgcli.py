@@ -25,18 +25,20 @@ from controller.problems import BulkheadError
 from controller.security.incident.seals import Seals
 from controller.security.profile import load_profile
 from controller.security.wg import LARGEST, Own, Public, Wg, key_age_days, read_endpoint, read_public
-from controller.terminal import NO, columns, file_argument, guarded, json_option, print_grid, print_json, run_dir_option
+from controller.terminal import (
+    NO,
+    columns,
+    file_argument,
+    guarded,
+    json_option,
+    print_grid,
+    print_json,
+    run_dir_option,
+    security_dir_option,
+)
 
 FRESH_S = 180
 _path = click.Path(path_type=Path)
-security_dir_option = click.option(
-    "--security-dir",
-    type=_path,
-    default=Path("/var/lib/bulkhead/security"),
-    show_default=True,
-    envvar="BULKHEAD_SECURITY_DIR",
-    help="Keys are in its directory wg.",
-)
 out_option = click.option("--out", type=_path, help="Write the public half there as well, to hand it over.")
 
 

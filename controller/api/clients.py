@@ -9,9 +9,9 @@ from starlette.responses import Response
 
 from controller import vpnpool
 from controller.api import models
-from controller.api.context import Context, IdempotencyKey, Prefer, Timeout
+from controller.api.context import Context, IdempotencyKey, Manner, Timeout, manner
 from controller.api.models import rfc3339
-from controller.api.operations import Answer, Kind, Target, moment
+from controller.api.operations import Answer, Kind, Staying, Target, moment
 from controller.api.problem import ApiProblem, Fault
 from controller.api.view import View, encoded, plain
 from controller.hostmodel import Endpoint, VpnServer
@@ -25,7 +25,7 @@ Name = Annotated[str, Path(pattern=models.LABEL, max_length=63, description="A c
 
 def routes(api: Context) -> None:
     """Register the routes."""
-    view, add = api.view, api.routes.add
+    view, add, waiting = api.view, api.routes.add, manner(api.settings.limits.wait_s)
 
     @add("GET", "/api/vpn/clients", scope=Scope.READ, model=models.Clients, tag="vpn")
     async def list_clients(request: Request) -> Response:
@@ -60,7 +60,7 @@ def routes(api: Context) -> None:
             return Target(key(record), made_at=record.created_at, secret={"config": config})
 
         about = {"object": f"client/{view.node}/{wanted.name}"}
-        return await api.change(request, "client.add", function, timeout_s=timeout, key=idempotency_key, about=about)
+        return await api.change(request, "client.add", function, Manner(timeout_s=timeout, key=idempotency_key), about)
 
     @add(
         "DELETE",
@@ -70,13 +70,7 @@ def routes(api: Context) -> None:
         also={202: models.Operation},
         tag="vpn",
     )
-    async def remove_client(
-        request: Request,
-        name: Name,
-        timeout: Timeout = api.settings.limits.wait_s,
-        prefer: Prefer = None,
-        idempotency_key: IdempotencyKey = None,
-    ) -> Response:
+    async def remove_client(request: Request, name: Name, how: Manner = waiting) -> Response:
         """Remove a VPN client
         It is cut off when this answers.
         """
@@ -89,9 +83,7 @@ def routes(api: Context) -> None:
             raise ApiProblem("not-found", f"There is no VPN client {name} of {view.node}. See GET /api/vpn/clients.")
 
         about = {"object": f"client/{view.node}/{name}"}
-        return await api.change(
-            request, "client.remove", function, timeout_s=timeout, prefer=prefer, key=idempotency_key, about=about
-        )
+        return await api.change(request, "client.remove", function, how, about)
 
 
 def _server(api: Context, dialled: str | None) -> tuple[VpnServer, Endpoint, str]:
@@ -161,18 +153,12 @@ class Added:
         return False
 
 
-class Removed:
+class Removed(Staying):
     """A client that was removed."""
-
-    stays = True
 
     def result(self, view: View, operation: OperationRecord) -> Answer:
         """The client as it was."""
         return Answer(200, operation.answer.encode())
-
-    def undo(self, change: Change, operation: OperationRecord) -> bool:
-        """Nothing."""
-        return False
 
 
 KINDS: dict[str, Kind] = {"client.add": Added(), "client.remove": Removed()}

@@ -10,9 +10,9 @@ from fastapi import Path, Query, Request
 from starlette.responses import Response
 
 from controller.api import allocate, models
-from controller.api.context import Context, IdempotencyKey, Prefer, Timeout, Wait
+from controller.api.context import Context, Manner, manner
 from controller.api.grants import end_of_container
-from controller.api.operations import Answer, Kind, Target, moment
+from controller.api.operations import Answer, Kind, Staying, Target, moment
 from controller.api.problem import ApiProblem
 from controller.api.view import View, encoded, plain
 from controller.records import ContainerRecord, OperationRecord, Records, Scope, key
@@ -25,7 +25,7 @@ OfNode = Annotated[str | None, Query(max_length=63, description="Only those of t
 
 def routes(api: Context) -> None:
     """Register the routes."""
-    view, add = api.view, api.routes.add
+    view, add, waiting = api.view, api.routes.add, manner(api.settings.limits.wait_s)
 
     @add("GET", "/api/containers", scope=Scope.READ, model=models.Containers, tag="containers")
     async def list_containers(request: Request, network: OfNetwork = None, node: OfNode = None) -> Response:
@@ -48,14 +48,7 @@ def routes(api: Context) -> None:
         also=later,
         tag="containers",
     )
-    async def create_container(
-        request: Request,
-        wanted: models.CreateContainer,
-        wait: Wait = True,
-        timeout: Timeout = api.settings.limits.wait_s,
-        prefer: Prefer = None,
-        idempotency_key: IdempotencyKey = None,
-    ) -> Response:
+    async def create_container(request: Request, wanted: models.CreateContainer, how: Manner = waiting) -> Response:
         """Create a container
         Answers when it runs, its flows are in the switch, and its services have names; a create that fails leaves nothing
         behind.
@@ -70,10 +63,7 @@ def routes(api: Context) -> None:
             about.update(container=record.name, object=key(record))
             return Target(key(record), record.node, record.created_at)
 
-        return await api.change(
-            request, "container.create", function,
-            wait=wait, timeout_s=timeout, prefer=prefer, key=idempotency_key, about=about,
-        )  # fmt: skip
+        return await api.change(request, "container.create", function, how, about)
 
     @add(
         "DELETE",
@@ -83,14 +73,7 @@ def routes(api: Context) -> None:
         also=later,
         tag="containers",
     )
-    async def delete_container(
-        request: Request,
-        ref: Name,
-        wait: Wait = True,
-        timeout: Timeout = api.settings.limits.wait_s,
-        prefer: Prefer = None,
-        idempotency_key: IdempotencyKey = None,
-    ) -> Response:
+    async def delete_container(request: Request, ref: Name, how: Manner = waiting) -> Response:
         """Delete a container
         Answers the container as it was. Grants from and to it end.
         """
@@ -104,20 +87,10 @@ def routes(api: Context) -> None:
             end_of_container(change, record.node, record.id, who.name)
             return Target(key(record), record.node, last=plain(view.container_of(record)))
 
-        return await api.change(
-            request, "container.delete", function,
-            wait=wait, timeout_s=timeout, prefer=prefer, key=idempotency_key, about=about,
-        )  # fmt: skip
+        return await api.change(request, "container.delete", function, how, about)
 
     def switching(word: str, running: bool) -> None:
-        async def switch(
-            request: Request,
-            ref: Name,
-            wait: Wait = True,
-            timeout: Timeout = api.settings.limits.wait_s,
-            prefer: Prefer = None,
-            idempotency_key: IdempotencyKey = None,
-        ) -> Response:
+        async def switch(request: Request, ref: Name, how: Manner = waiting) -> Response:
             about: dict[str, str] = {}
 
             def function(change: Change) -> Target:
@@ -126,10 +99,7 @@ def routes(api: Context) -> None:
                 change.put(replace(record, running=running))
                 return Target(key(record), record.node)
 
-            return await api.change(
-                request, f"container.{word}", function,
-                wait=wait, timeout_s=timeout, prefer=prefer, key=idempotency_key, about=about,
-            )  # fmt: skip
+            return await api.change(request, f"container.{word}", function, how, about)
 
         switch.__doc__ = f"{word.capitalize()} a container"
         path = f"/api/containers/{{ref}}/{word}"
@@ -173,32 +143,20 @@ class Created:
         return False
 
 
-class Deleted:
+class Deleted(Staying):
     """A container that was deleted, which is never taken back."""
-
-    stays = True
 
     def result(self, view: View, operation: OperationRecord) -> Answer:
         """The container as it was."""
         return Answer(200, encoded(json.loads(operation.answer)))
 
-    def undo(self, change: Change, operation: OperationRecord) -> bool:
-        """Nothing."""
-        return False
 
-
-class Switched:
+class Switched(Staying):
     """A container that was started or stopped; it stays as asked for."""
-
-    stays = True
 
     def result(self, view: View, operation: OperationRecord) -> Answer:
         """The container."""
         return Answer(200, encoded(view.container_by_key(operation.object)))
-
-    def undo(self, change: Change, operation: OperationRecord) -> bool:
-        """Nothing."""
-        return False
 
 
 KINDS: dict[str, Kind] = {

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import Header, Query, Request
+from fastapi import Depends, Header, Query, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
@@ -28,6 +28,26 @@ IdempotencyKey = Annotated[
         description="The same request with the same key is carried out once, and answered the same again.",
     ),
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How a change is asked for: waiting until it is real, at most `timeout_s` (None: as long as the settings say)."""
+
+    waits: bool = True
+    timeout_s: float | None = None
+    key: str | None = None
+
+
+def manner(wait_s: float) -> Any:
+    """The parameters of a request that may wait, as the default of a route's argument of type `Manner`."""
+
+    async def read(
+        wait: Wait = True, timeout: Timeout = wait_s, prefer: Prefer = None, idempotency_key: IdempotencyKey = None
+    ) -> Manner:
+        return Manner(wait and "respond-async" not in (prefer or ""), timeout, idempotency_key)
+
+    return Depends(read)
 
 
 @dataclass(slots=True)
@@ -56,24 +76,19 @@ class Context:
         request: Request,
         kind: str,
         function: Callable[[Change], Target],
-        *,
-        wait: bool = True,
-        timeout_s: float | None = None,
-        prefer: str | None = None,
-        key: str | None = None,
-        about: dict[str, Any] | None = None,
+        how: Manner,
+        about: dict[str, Any],
     ) -> Response:
-        """Carry out a change and answer it. Raises `ApiProblem`."""
-        request.state.about = about if about is not None else {}
-        waits = wait and "respond-async" not in (prefer or "")
-        limit = self.settings.limits.wait_s if timeout_s is None else timeout_s
+        """Carry out a change and answer it; `about` is what the audit says of it. Raises `ApiProblem`."""
+        request.state.about = about
+        limit = self.settings.limits.wait_s if how.timeout_s is None else how.timeout_s
         path = str(request.url.path)
         asked = Asked(
             self.principal(request),
             kind,
             request_digest(request.method, path, await request.body()),
-            (key or "").strip('"'),
-            limit if waits else None,
+            (how.key or "").strip('"'),
+            limit if how.waits else None,
         )
         return sent(await self.operations.carry_out(asked, function))
 

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from controller.api import access, models
 from controller.api.access import Principal
-from controller.api.context import Context, IdempotencyKey, Prefer, Timeout, Wait
+from controller.api.context import Context, IdempotencyKey, Manner, manner
 from controller.api.operations import Answer, Kind, Target, moment
 from controller.api.problem import ApiProblem, Fault
 from controller.api.view import View, encoded
@@ -30,7 +30,7 @@ PENDING = 256
 
 def routes(api: Context) -> None:
     """Register the routes."""
-    view, add = api.view, api.routes.add
+    view, add, waiting = api.view, api.routes.add, manner(api.settings.limits.wait_s)
     later = {202: models.Operation}
 
     @add("GET", "/api/grants", scope=Scope.READ, model=models.Grants, tag="grants")
@@ -81,17 +81,10 @@ def routes(api: Context) -> None:
             about["object"] = key(record)
             return Target(key(record))
 
-        return await api.change(request, "grant.request", function, key=idempotency_key, about=about)
+        return await api.change(request, "grant.request", function, Manner(key=idempotency_key), about)
 
     def deciding(word: str, scope: Scope, told: str) -> None:
-        async def decide(
-            request: Request,
-            id: Id,
-            wait: Wait = True,
-            timeout: Timeout = api.settings.limits.wait_s,
-            prefer: Prefer = None,
-            idempotency_key: IdempotencyKey = None,
-        ) -> Response:
+        async def decide(request: Request, id: Id, how: Manner = waiting) -> Response:
             who = api.principal(request)
 
             def function(change: Change) -> Target:
@@ -101,10 +94,7 @@ def routes(api: Context) -> None:
                 change.put(_decided(word, record, who, moment(), view, access.makers(who.name, change.records.tokens)))
                 return Target(key(record), last=None)
 
-            return await api.change(
-                request, f"grant.{word}", function,
-                wait=wait, timeout_s=timeout, prefer=prefer, key=idempotency_key, about={"object": f"grant/{id}"},
-            )  # fmt: skip
+            return await api.change(request, f"grant.{word}", function, how, {"object": f"grant/{id}"})
 
         decide.__doc__ = told
         add("POST", f"/api/grants/{{id}}/{word}", scope=scope, model=models.Grant, also=later, tag="grants")(decide)

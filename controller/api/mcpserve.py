@@ -7,7 +7,7 @@ they may do is found out in the one place that does so.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -19,8 +19,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from controller.api.mcptools import server
-from controller.client import ANSWER_S, Where, answer, given, new_key, no_api
+from controller.api.mcptools import Asked, server
+from controller.client import Where, answer, given, new_key, no_api
 
 BODY_BYTES = 64 * 1024
 BODY_S = 10.0
@@ -97,31 +97,23 @@ class _Inside:
     def __init__(self, within: Callable[[Any], ASGIApp]) -> None:
         self._within = within
 
-    async def __call__(
-        self,
-        ctx: Context[Any, Any],
-        method: str,
-        path: str,
-        *,
-        params: Mapping[str, object] | None = None,
-        body: Mapping[str, object] | None = None,
-        answer_s: float = ANSWER_S,
-    ) -> Any:
+    async def __call__(self, ctx: Context[Any, Any], asked: Asked) -> Any:
         request = ctx.request_context.request
         assert isinstance(request, Request)
         transport = httpx.ASGITransport(self._within(request.state.principal), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost", trust_env=False) as http:
-            return await _answered(
-                http, http.build_request(method, path, params=given(params or {}), json=body, headers=_key(method))
-            )
+            return await _answered(http, asked)
 
 
-def _key(method: str) -> dict[str, str]:
-    return {} if method == "GET" else {"Idempotency-Key": new_key()}
-
-
-async def _answered(http: httpx.AsyncClient, sent: httpx.Request) -> Any:
-    response = await http.send(sent)
+async def _answered(http: httpx.AsyncClient, asked: Asked) -> Any:
+    response = await http.request(
+        asked.method,
+        asked.path,
+        params=given(asked.params),
+        json=asked.body,
+        headers={} if asked.method == "GET" else {"Idempotency-Key": new_key()},
+        timeout=httpx.Timeout(asked.answer_s, connect=5.0),
+    )
     return answer(response.status_code, response.headers.get("content-type", ""), response.content)
 
 
@@ -138,23 +130,9 @@ class _Elsewhere:
             trust_env=False,
         )
 
-    async def __call__(
-        self,
-        ctx: Context[Any, Any],
-        method: str,
-        path: str,
-        *,
-        params: Mapping[str, object] | None = None,
-        body: Mapping[str, object] | None = None,
-        answer_s: float = ANSWER_S,
-    ) -> Any:
-        timeout = httpx.Timeout(answer_s, connect=5.0)
-        headers = _key(method)
+    async def __call__(self, ctx: Context[Any, Any], asked: Asked) -> Any:
         try:
-            sent = self._http.build_request(
-                method, path, params=given(params or {}), json=body, headers=headers, timeout=timeout
-            )
-            return await _answered(self._http, sent)
+            return await _answered(self._http, asked)
         except httpx.TransportError as exc:
             raise no_api(self._where, exc, "") from exc
 

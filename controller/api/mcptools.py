@@ -6,9 +6,10 @@ API lets them do. Imports the API's models and the client.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
@@ -31,19 +32,19 @@ can only be looked at. A tool that changes something answers when the hosts are 
 """
 
 
-class Caller(Protocol):
-    """Makes a request of the HTTP API for whoever called a tool. Raises `ApiProblem` and `NoApi`."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request of the HTTP API, to be answered within `answer_s`."""
 
-    async def __call__(
-        self,
-        ctx: Context[Any, Any],
-        method: str,
-        path: str,
-        *,
-        params: Mapping[str, object] | None = None,
-        body: Mapping[str, object] | None = None,
-        answer_s: float = ANSWER_S,
-    ) -> Any: ...
+    method: str
+    path: str
+    params: Mapping[str, object] = field(default_factory=dict)
+    body: Mapping[str, object] | None = None
+    answer_s: float = ANSWER_S
+
+
+Caller = Callable[[Context[Any, Any], Asked], Awaitable[Any]]
+"""Makes a request for whoever called a tool. Raises `ApiProblem` and `NoApi`."""
 
 
 ContainerRef = Annotated[models.Ref, Field(description="A container's id or name, as list_containers tells them.")]
@@ -112,22 +113,22 @@ class _Asking:
     def __init__(self, call: Caller) -> None:
         self._call = call
 
-    async def __call__(self, ctx: Context[Any, Any], method: str, path: str, **more: Any) -> Any:
+    async def __call__(self, ctx: Context[Any, Any], asked: Asked) -> Any:
         try:
-            return await self._call(ctx, method, path, **more)
+            return await self._call(ctx, asked)
         except ApiProblem as exc:
             raise ToolError(f"{exc} [{exc.code or exc.status}]") from exc
         except NoApi as exc:
             raise ToolError(str(exc)) from exc
 
     async def get(self, ctx: Context[Any, Any], path: str, **params: object) -> Any:
-        return await self(ctx, "GET", path, params=params)
+        return await self(ctx, Asked("GET", path, params))
 
     async def change(
         self, ctx: Context[Any, Any], method: str, path: str, timeout_s: float, body: Mapping[str, object] | None = None
     ) -> Any:
         params = {"timeout": f"{timeout_s:g}"}
-        return await self(ctx, method, path, params=params, body=body, answer_s=timeout_s + LATER_S)
+        return await self(ctx, Asked(method, path, params, body, timeout_s + LATER_S))
 
 
 def _add_reading(tools: _Tools, ask: _Asking) -> None:
@@ -275,7 +276,7 @@ def _add_grants(tools: _Tools, ask: _Asking) -> None:
         body = {
             "source": source, "target": target, "protocol": protocol, "port": port, "reason": reason, "duration_s": duration_s
         }  # fmt: skip
-        return models.Grant.model_validate(await ask(ctx, "POST", "/api/grants", body=body))
+        return models.Grant.model_validate(await ask(ctx, Asked("POST", "/api/grants", body=body)))
 
     @tools.tool("Revoke a grant", DESTROYS)
     async def revoke_grant(ctx: Context[Any, Any], grant: GrantId, timeout_s: Timeout = 30.0) -> models.Grant:
@@ -294,4 +295,4 @@ def _add_approving(tools: _Tools, ask: _Asking) -> None:
     @tools.tool("Deny a grant", SETS)
     async def deny_grant(ctx: Context[Any, Any], grant: GrantId) -> models.Grant:
         """Deny what somebody has asked for. It never opens."""
-        return models.Grant.model_validate(await ask(ctx, "POST", f"/api/grants/{segment(grant)}/deny", body={}))
+        return models.Grant.model_validate(await ask(ctx, Asked("POST", f"/api/grants/{segment(grant)}/deny", body={})))

@@ -93,6 +93,16 @@ class Kind(Protocol):
         """Take it back. Answers whether there was anything to take back."""
 
 
+class Staying:
+    """What kinds share that are never taken back."""
+
+    stays = True
+
+    def undo(self, change: Change, operation: OperationRecord) -> bool:
+        """Nothing."""
+        return False
+
+
 class Operations:
     """Carries out changes. Belongs to the event loop; the store's own thread does the writing.
 

@@ -9,9 +9,9 @@ from starlette.responses import Response
 
 from controller.api import access, models
 from controller.api.access import Principal
-from controller.api.context import Context, IdempotencyKey
+from controller.api.context import Context, IdempotencyKey, Manner
 from controller.api.models import rfc3339
-from controller.api.operations import Answer, Kind, Target, moment
+from controller.api.operations import Answer, Kind, Staying, Target, moment
 from controller.api.problem import ApiProblem, Fault
 from controller.api.view import View, encoded, plain
 from controller.records import OperationRecord, Scope, TokenRecord, key
@@ -62,7 +62,7 @@ def routes(api: Context) -> None:
             return Target(key(record), secret={"token": token})
 
         about = {"object": f"token/{name}"}
-        return await api.change(request, "token.create", function, key=idempotency_key, about=about)
+        return await api.change(request, "token.create", function, Manner(key=idempotency_key), about)
 
     @add("DELETE", "/api/tokens/{id}", scope=Scope.APPROVE, model=models.Token, tag="tokens")
     async def revoke_token(request: Request, id: Id, idempotency_key: IdempotencyKey = None) -> Response:
@@ -79,7 +79,7 @@ def routes(api: Context) -> None:
             return Target(key(record), last=plain(_shown(record)))
 
         about = {"object": f"token/{id}"}
-        return await api.change(request, "token.revoke", function, key=idempotency_key, about=about)
+        return await api.change(request, "token.revoke", function, Manner(key=idempotency_key), about)
 
 
 def _free(change: Change, name: str) -> None:
@@ -146,18 +146,12 @@ class Created:
         return True
 
 
-class Revoked:
+class Revoked(Staying):
     """A token that was revoked."""
-
-    stays = True
 
     def result(self, view: View, operation: OperationRecord) -> Answer:
         """The token's record as it was."""
         return Answer(200, operation.answer.encode())
-
-    def undo(self, change: Change, operation: OperationRecord) -> bool:
-        """Nothing."""
-        return False
 
 
 KINDS: dict[str, Kind] = {"token.create": Created(), "token.revoke": Revoked()}
