@@ -331,6 +331,3 @@ def print_host_status(found: dict[str, Any]) -> None:
         for row in rows:
             grid.add_row(row["key"], row["phase"], row["why"], f"within {row['retry_in_s']} s")
         print_grid(grid)
-
-
-COMMANDS: tuple[click.Command, ...] = (agent, up, down)

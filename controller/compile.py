@@ -30,7 +30,7 @@ from controller.frame import (
 from controller.grants import crossings, passage_ports, zones
 from controller.model import Bridge, BridgeKind, DesiredState, Member, Network
 from controller.pipeline import ADMIT, CANARY, Band
-from controller.problems import BulkheadError
+from controller.problems import NotAllowed
 
 CANARY_APP = 12
 UNDECLARED_APP = 13
@@ -49,7 +49,7 @@ _Part = Placed | Member | PlacedRule | PlacedPassage | PlacedCrossings | Frame
 the network as a whole."""
 
 
-class Conflict(BulkheadError):
+class Conflict(NotAllowed):
     """Two flows of one table and priority match the same packet and do different things with it."""
 
 

@@ -285,6 +285,3 @@ def operation(api: Api, number: str, wait: bool, timeout_s: float, as_json: bool
             click.echo(plain(result.get("detail") or result.get("title") or ""))
     if found["state"] != "done":
         sys.exit(NO if found["state"] == "failed" else 2)
-
-
-COMMANDS: tuple[click.Command, ...] = (container, service_group, network_group, operation)

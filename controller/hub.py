@@ -10,6 +10,7 @@ import os
 import warnings
 
 os.environ["OSKEN_HUB_TYPE"] = "eventlet"
+os.environ["EVENTLET_NO_GREENDNS"] = "yes"  # its resolver takes 0.1 s to import, and addresses are numbers here
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # eventlet says that it is deprecated; os-ken needs it all the same

@@ -500,6 +500,3 @@ def _rehearse_store(database: Path, notes: dict[str, Any]) -> str:
         return f"{database} cannot be read: {name.stderr.strip()[:200]}"
     notes["restore store"] = f"{name.stdout.strip()} read back in {time.monotonic() - began:.1f} s"
     return ""
-
-
-COMMANDS = (incident, chores)

@@ -56,6 +56,10 @@ class BulkheadError(Exception):
     """Root of every error that is shown to a user. The text says what to do next."""
 
 
+class NotAllowed(BulkheadError):
+    """The answer is no: what was asked for must not be."""
+
+
 class InvalidInput(BulkheadError):
     """An input was refused; `problems` holds every reason, errors and warnings alike."""
 

@@ -424,6 +424,3 @@ def _print_compared(differs: list[str]) -> None:
         click.secho("Open vSwitch says the same.", fg="green")
     for text in differs:
         click.secho(f"differs: {text}", fg="red")
-
-
-COMMANDS: tuple[click.Command, ...] = (reach_command, why_command, trace_command)

@@ -114,6 +114,3 @@ def inference(file: Path, token_ms: float, security_dir: Path) -> None:
         raise BulkheadError(f"security.role of {file} is {role}; an inference server runs where it is dev or inference")
     serve(given, lambda: say(f"bulkhead: the inference server answers on {where}"))
     sys.exit(0)
-
-
-COMMANDS: tuple[click.Command, ...] = (router, inference)

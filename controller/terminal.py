@@ -1,7 +1,7 @@
 """What every command shares: options, messages, tables, exit codes.
 
 What is printed is a table for people or, with `--json`, one JSON value. Problems go to standard error, one line each,
-never a traceback. Imports problems and what refuses a state.
+never a traceback. Imports problems.
 """
 
 from __future__ import annotations
@@ -18,12 +18,9 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
 from rich.table import Table as Grid
 
-from controller.compile import Conflict
-from controller.problems import BulkheadError, InvalidInput, Problem, Severity
-from controller.verify.prove import Unsafe
+from controller.problems import BulkheadError, InvalidInput, NotAllowed, Problem, Severity
 
 T = TypeVar("T")
 NO, UNKNOWN = 1, 2
@@ -68,7 +65,7 @@ def reporting() -> Iterator[None]:
     except InvalidInput as exc:
         print_problems(exc.problems)
         sys.exit(NO)
-    except (Conflict, Unsafe) as exc:
+    except NotAllowed as exc:
         say(f"bulkhead: {exc}")
         sys.exit(NO)
     except BulkheadError as exc:
@@ -121,6 +118,8 @@ def progress(items: Iterable[T], count: int, what: str) -> Iterator[T]:
     if count < 50 or not sys.stderr.isatty():
         yield from items
         return
+    from rich.progress import track
+
     yield from track(items, description=what, total=count, console=Console(stderr=True), transient=True)
 
 

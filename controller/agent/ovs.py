@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import warnings
 from collections.abc import Awaitable, Callable, Mapping
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+os.environ["EVENTLET_NO_GREENDNS"] = "yes"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the library probes for an eventlet that this process does not use
     from ovs.db.idl import Idl, SchemaHelper

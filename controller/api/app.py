@@ -17,7 +17,7 @@ from controller.api import clients, containers, grants, history, models, operati
 from controller.api.audit import Audit
 from controller.api.context import Context, made
 from controller.api.guard import Guard
-from controller.api.mcpserve import Endpoint
+from controller.api.mcpstart import LateEndpoint
 from controller.api.operations import Kind, Operations
 from controller.api.problem import MEDIA_TYPE, ApiProblem, Fault
 from controller.api.routes import PUBLIC, Routes
@@ -52,7 +52,7 @@ class Api:
         self.context = Context(settings, view, self.operations, self.routes)
         self._register()
         self.guard = Guard(self.app, self.routes, lambda: view.records.tokens, audit, settings.limits)
-        self.mcp = Endpoint(self.guard.within, approving=settings.mcp_approve)
+        self.mcp = LateEndpoint(self.guard.within, approving=settings.mcp_approve)
         self.app.router.routes.append(Route("/mcp", self.mcp))
         self.routes.declare("*", "/mcp", Scope.READ)
 

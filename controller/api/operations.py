@@ -237,12 +237,17 @@ class Operations:
             change.put(operation)
             return operation, target
 
+        self._following.add(name)  # before it is written: what the store shows is not to be taken for what was left
+        target = None
         try:
             (operation, target), revision = await self._written(write)
         except ApiProblem as problem:
             if isinstance(problem.__cause__, Unavailable) and problem.__cause__.doubtful:
                 self._unwanted.add(name)  # the caller is told that it failed: if it was written, it is taken back
             raise
+        finally:
+            if target is None:
+                self._following.discard(name)
         if target is None:
             return self._replayed(operation)
         operation = replace(operation, revision=revision)
@@ -292,12 +297,14 @@ class Operations:
         What stays as asked for is waited for with nobody waiting once it is late, if there is patience.
         """
         self._following.add(operation.id)
+        handed_on = False
         try:
             kind = self._kinds[operation.kind]
             found = Realized(False, "the store did not answer in time")
             if operation.id not in self._unwanted:
                 found = await self._wait(operation, wait_s)
             if kind.stays and not found.done and not found.refused and patient:
+                handed_on = True
                 self._start(self._alone(operation, secret))
                 return accepted(operation)
             answer = await self._outcome(operation, kind, found, wait_s)
@@ -306,7 +313,8 @@ class Operations:
                 answer = replace(answer, body=encoded(json.loads(answer.body) | dict(secret)))
             return answer
         finally:
-            self._following.discard(operation.id)
+            if not handed_on:
+                self._following.discard(operation.id)
 
     async def _outcome(self, operation: OperationRecord, kind: Kind, found: Realized, wait_s: float) -> Answer:
         if not found.done:

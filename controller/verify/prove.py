@@ -15,7 +15,7 @@ from controller.events import JSON
 from controller.flow import Flow, FlowKey
 from controller.frame import Port
 from controller.model import Bridge, DesiredState
-from controller.problems import BulkheadError
+from controller.problems import NotAllowed
 from controller.verify.cubes import Exhausted, Meter, empty, witness
 from controller.verify.explore import ANY_ZONE, ANYWHERE, Explorer, Learned, Region, Sent, TooLarge, is_kept, kept_in
 from controller.verify.packetwords import words
@@ -77,7 +77,7 @@ class Finding:
         return f"{self.bridge}: {self.text}\n  packet {self.counterexample.packet}\n{way}"
 
 
-class Unsafe(BulkheadError):
+class Unsafe(NotAllowed):
     """The flows of a state would let something through that nothing allows."""
 
     def __init__(self, findings: tuple[Finding, ...]) -> None:

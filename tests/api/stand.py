@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -56,6 +57,12 @@ def until(what: Callable[[], object], patience_s: float = 10.0) -> None:
         if time.monotonic() > deadline:
             raise AssertionError("it has not come true")
         time.sleep(0.01)
+
+
+def good(answer: httpx.Response) -> Any:
+    """What a good answer says; a bad one fails the test with all that it says."""
+    assert answer.is_success, f"{answer.status_code} {answer.text}"
+    return answer.json()
 
 
 class Realizer:

@@ -16,7 +16,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.api.stand import EXAMPLE, ROOT, Stand, stand, until
+from tests.api.stand import EXAMPLE, ROOT, Stand, good, stand, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to ask as other users")
 
@@ -99,11 +99,11 @@ def test_nobody_approves_with_a_token_of_their_own_making(api: Stand) -> None:
     second = made(api, "second", "approve", by=first)
     third = made(api, "third", "approve", by=second)
     other = made(api, "other", "approve")
-    grant = asked(api, "POST", "/api/grants", token=first, body=GRANT).json()
+    grant = good(asked(api, "POST", "/api/grants", token=first, body=GRANT))
     for token in (first, second, third):
         answer = asked(api, "POST", f"/api/grants/{grant['id']}/approve", token=token)
         assert answer.status_code == 403 and answer.json()["type"].endswith(":self-approval"), answer.text
-    assert asked(api, "POST", f"/api/grants/{grant['id']}/approve", token=other).json()["state"] == "approved"
+    assert good(asked(api, "POST", f"/api/grants/{grant['id']}/approve", token=other))["state"] == "approved"
 
 
 def test_tokens_end_with_the_one_they_were_made_with(api: Stand) -> None:
@@ -111,8 +111,8 @@ def test_tokens_end_with_the_one_they_were_made_with(api: Stand) -> None:
     first = made(api, "stolen", "read", "approve", expires_in_s=600)
     second = made(api, "kept", "read", "approve", by=first, expires_in_s=300)
     third = made(api, "hidden", "read", by=second, expires_in_s=200)
-    unsaid = asked(api, "POST", "/api/tokens", token=first, body={"name": "unsaid", "scopes": ["read"]}).json()
-    mine = next(one for one in asked(api, "GET", "/api/tokens").json()["tokens"] if one["name"] == "stolen")
+    unsaid = good(asked(api, "POST", "/api/tokens", token=first, body={"name": "unsaid", "scopes": ["read"]}))
+    mine = next(one for one in good(asked(api, "GET", "/api/tokens"))["tokens"] if one["name"] == "stolen")
     assert unsaid["expires_at"] == mine["expires_at"]
     assert asked(api, "DELETE", f"/api/tokens/{first.split('_')[1]}").status_code == 200
     for token in (first, second, third, unsaid["token"]):
@@ -126,7 +126,7 @@ def test_a_grant_is_not_the_next_containers(tmp_path: Path) -> None:
     state.write_text(text)
     with stand(tmp_path, state=state) as api:
         boss = made(api, "boss", "read", "approve")
-        number, waiting = (asked(api, "POST", "/api/grants", body=GRANT).json()["id"] for _ in range(2))
+        number, waiting = (good(asked(api, "POST", "/api/grants", body=GRANT))["id"] for _ in range(2))
         assert asked(api, "POST", f"/api/grants/{number}/approve", token=boss).status_code == 200
         whole = yaml.safe_load(text)
         _without(whole, "102")
@@ -135,14 +135,14 @@ def test_a_grant_is_not_the_next_containers(tmp_path: Path) -> None:
         new = asked(api, "POST", "/api/containers/create", body={"name": "new", "network": "privacy", "id": "102"})
         assert new.status_code == 201, new.text
         for grant in (number, waiting):
-            assert asked(api, "GET", f"/api/grants/{grant}").json()["state"] == "revoked"
-        for grant in asked(api, "GET", "/api/grants").json()["grants"]:
+            assert good(asked(api, "GET", f"/api/grants/{grant}"))["state"] == "revoked"
+        for grant in good(asked(api, "GET", "/api/grants"))["grants"]:
             assert grant["state"] == "revoked"
-        third = asked(api, "POST", "/api/grants", body=GRANT | {"target": "102"}).json()["id"]
+        third = good(asked(api, "POST", "/api/grants", body=GRANT | {"target": "102"}))["id"]
         assert asked(api, "POST", f"/api/grants/{third}/approve", token=boss).status_code == 200
         _without(whole, "202")
         state.write_text(yaml.safe_dump(whole))
-        until(lambda: asked(api, "GET", f"/api/grants/{third}").json()["state"] == "revoked")
+        until(lambda: good(asked(api, "GET", f"/api/grants/{third}"))["state"] == "revoked")
 
 
 def _without(whole: dict[str, Any], number: str) -> None:

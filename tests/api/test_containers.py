@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.api.stand import Stand, stand, until
+from tests.api.stand import Stand, good, stand, until
 
 SEED = [
     {"name": "tor-relay", "network": "privacy", "services": [{"name": "tor-relay", "protocol": "tcp", "port": 9001}]},
@@ -35,7 +35,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
 def client(api: Stand) -> Iterator[httpx.Client]:
     with api.client() as client:
         yield client
-        for one in client.get("/api/containers").json()["containers"]:
+        for one in good(client.get("/api/containers"))["containers"]:
             if one["origin"] == "stored":
                 client.delete(f"/api/containers/{one['id']}")
         api.realizer.refuses.clear()
@@ -53,16 +53,16 @@ def test_the_seeds_calls(client: httpx.Client) -> None:
     assert relay["id"] == "101" and prometheus["id"] == "203"
     assert relay["state"] == prometheus["state"] == "ready"
     assert answers[0].headers["location"] == "/api/containers/101"
-    services = {one["name"]: one for one in client.get("/api/services").json()["services"]}
+    services = {one["name"]: one for one in good(client.get("/api/services"))["services"]}
     assert services["tor-relay"]["address"] == relay["address"]
     assert services["prometheus"]["origin"] == "stored" and services["api"]["origin"] == "declared"
 
 
 def test_ids_and_addresses_keep_clear_of_what_is_taken(client: httpx.Client) -> None:
-    made = [create(client, f"c{n}").json() for n in range(3)]
+    made = [good(create(client, f"c{n}")) for n in range(3)]
     assert [one["id"] for one in made] == ["101", "103", "104"]
     assert [one["address"] for one in made] == ["10.0.0.2", "10.0.0.3", "10.0.0.4"]
-    assert create(client, "d", id="150", address="10.0.0.77").json()["address"] == "10.0.0.77"
+    assert good(create(client, "d", id="150", address="10.0.0.77"))["address"] == "10.0.0.77"
 
 
 @pytest.mark.parametrize(
@@ -131,21 +131,21 @@ def test_what_is_declared_is_not_changed(client: httpx.Client) -> None:
 
 def test_start_stop_delete(client: httpx.Client) -> None:
     create(client, "c")
-    assert client.post("/api/containers/c/stop").json()["state"] == "stopped"
-    assert client.post("/api/containers/c/start").json()["state"] == "ready"
-    assert client.delete("/api/containers/c").json()["name"] == "c"
+    assert good(client.post("/api/containers/c/stop"))["state"] == "stopped"
+    assert good(client.post("/api/containers/c/start"))["state"] == "ready"
+    assert good(client.delete("/api/containers/c"))["name"] == "c"
     assert client.get("/api/containers/c").status_code == 404
     assert client.delete("/api/containers/c").status_code == 404
 
 
 def test_what_is_late_to_go_goes_on_going(api: Stand, client: httpx.Client) -> None:
-    number = create(client, "late").json()["id"]
+    number = good(create(client, "late"))["id"]
     api.realizer.leftovers[f"container/{number}"] = "its process does not end"
     answer = client.delete("/api/containers/late?timeout=0.2")
     assert answer.status_code == 202 and answer.json()["state"] == "running"
     api.realizer.leftovers.clear()
     api.realizer.publish()
-    until(lambda: client.get(answer.headers["location"]).json()["state"] == "done")
+    until(lambda: good(client.get(answer.headers["location"]))["state"] == "done")
 
 
 def test_not_waiting_gives_an_operation(api: Stand, client: httpx.Client) -> None:
@@ -153,8 +153,8 @@ def test_not_waiting_gives_an_operation(api: Stand, client: httpx.Client) -> Non
         body = {"name": f"c{len(how)}{next(iter(how))}", "network": "privacy"}
         answer = client.post("/api/containers/create", json=body, **how)  # type: ignore[arg-type]
         assert answer.status_code == 202 and answer.json()["state"] == "running"
-        until(lambda: client.get(answer.headers["location"]).json()["state"] == "done")  # noqa: B023
-        assert client.get(answer.headers["location"]).json()["result"]["name"] == body["name"]
+        until(lambda: good(client.get(answer.headers["location"]))["state"] == "done")  # noqa: B023
+        assert good(client.get(answer.headers["location"]))["result"]["name"] == body["name"]
 
 
 def test_the_same_key_is_carried_out_once(api: Stand, client: httpx.Client) -> None:
@@ -202,16 +202,16 @@ def test_many_at_once_and_then_none_left(api: Stand, client: httpx.Client) -> No
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(ask, range(220)))
     took = time.monotonic() - began
-    good = [answer.json() for answer in answers if answer.status_code == 201]
+    made = [answer.json() for answer in answers if answer.status_code == 201]
     bad = [answer.json()["type"] for answer in answers if answer.status_code != 201]
-    assert len(good) == 98 + 97, set(bad)
+    assert len(made) == 98 + 97, set(bad)
     assert set(bad) == {"urn:bulkhead:problem:ids-exhausted"}
     for what in ("id", "name", "address", "mac"):
-        assert len({one[what] for one in good}) == len(good)
-    assert all(100 <= int(one["id"]) < 200 for one in good if one["network"] == "privacy")
+        assert len({one[what] for one in made}) == len(made)
+    assert all(100 <= int(one["id"]) < 200 for one in made if one["network"] == "privacy")
     assert took < 10
     with ThreadPoolExecutor(32) as pool:
-        gone = list(pool.map(lambda one: client.delete(f"/api/containers/{one['id']}").status_code, good))
+        gone = list(pool.map(lambda one: client.delete(f"/api/containers/{one['id']}").status_code, made))
     assert set(gone) == {200}
 
 
@@ -219,7 +219,7 @@ def test_a_caller_who_goes_away_leaves_a_whole_container_or_none(api: Stand, cli
     api.realizer.holds["left"] = "not yet"
     with api.client() as other, pytest.raises(httpx.ReadTimeout):
         other.post("/api/containers/create?timeout=1", json={"name": "left", "network": "privacy"}, timeout=0.2)
-    assert client.get("/api/containers/left").json()["state"] == "pending"
+    assert good(client.get("/api/containers/left"))["state"] == "pending"
     until(lambda: not records(api).containers and not running(api))
 
 
@@ -236,7 +236,7 @@ def test_a_restart_goes_on_with_what_was_begun(api: Stand, client: httpx.Client)
     with api.client() as again:
         until(lambda: not running(api))
         assert [one.name for one in records(api).containers] == ["good"]
-        assert again.get("/api/containers/good").json()["state"] == "ready"
+        assert good(again.get("/api/containers/good"))["state"] == "ready"
 
 
 def _ignore(api: Stand, name: str) -> None:
@@ -248,13 +248,13 @@ def test_a_damaged_state_file_leaves_all_as_it_was(tmp_path: Path) -> None:
     state = tmp_path / "state.yaml"
     state.write_text((Path(__file__).parents[2] / "examples" / "oo1424oo.yaml").read_text())
     with stand(tmp_path, state=state) as api, api.client() as client:
-        good = state.read_text()
+        declared = state.read_text()
         state.write_text("networks: [")
-        until(lambda: client.get("/api/status").json()["problem"])
+        until(lambda: good(client.get("/api/status"))["problem"])
         assert create(client, "c").status_code == 201
-        state.write_text(good.replace("name: xray", "name: yray"))
+        state.write_text(declared.replace("name: xray", "name: yray"))
         until(lambda: client.get("/api/containers/yray").status_code == 200)
-        assert client.get("/api/status").json()["problem"] is None
+        assert good(client.get("/api/status"))["problem"] is None
 
 
 def records(api: Stand):  # type: ignore[no-untyped-def]

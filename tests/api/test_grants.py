@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from controller.wgkeys import is_key
-from tests.api.stand import EXAMPLE, Stand, stand, until
+from tests.api.stand import EXAMPLE, Stand, good, stand, until
 
 SEED = {
     "source": "monitoring",
@@ -46,10 +46,10 @@ def client(api: Stand) -> Iterator[httpx.Client]:
 def somebody(api: Stand, name: str, *scopes: str) -> Iterator[httpx.Client]:
     """Somebody with a token."""
     with api.client() as root:
-        made = root.post("/api/tokens", json={"name": name, "scopes": list(scopes)}).json()
+        made = good(root.post("/api/tokens", json={"name": name, "scopes": list(scopes)}))
         with api.client(headers={"Authorization": f"Bearer {made['token']}"}) as client:
             yield client
-        root.delete(f"/api/tokens/{made['id']}")
+        good(root.delete(f"/api/tokens/{made['id']}"))
 
 
 def test_one_asks_another_approves(api: Stand, client: httpx.Client) -> None:
@@ -61,12 +61,12 @@ def test_one_asks_another_approves(api: Stand, client: httpx.Client) -> None:
         assert grant["requested_by"] == "token:asker" and grant["expires_at"] is None and grant["realized"]
         where = asked.headers["location"]
         assert asker.post(f"{where}/approve").status_code == 403
-        approved = client.post(f"{where}/approve").json()
+        approved = good(client.post(f"{where}/approve"))
         assert approved["state"] == "approved" and approved["realized"] and approved["decided_by"] == "uid:0"
         assert client.post(f"{where}/approve").json()["type"].endswith(":wrong-state")
         assert client.post(f"{where}/deny").status_code == 409
-        assert asker.post(f"{where}/revoke").json()["state"] == "revoked"
-        assert asker.get("/api/grants", params={"state": "revoked"}).json()["grants"][0]["id"] == grant["id"]
+        assert good(asker.post(f"{where}/revoke"))["state"] == "revoked"
+        assert good(asker.get("/api/grants", params={"state": "revoked"}))["grants"][0]["id"] == grant["id"]
 
 
 def test_nobody_approves_their_own(api: Stand, client: httpx.Client) -> None:
@@ -74,21 +74,21 @@ def test_nobody_approves_their_own(api: Stand, client: httpx.Client) -> None:
     answer = client.post(f"{where}/approve")
     assert answer.status_code == 403 and answer.json()["type"].endswith(":self-approval")
     with somebody(api, "boss", "approve") as boss:
-        assert boss.post(f"{where}/deny").json()["state"] == "denied"
-    good = api.state.read_text()
-    api.state.write_text(good + "\napi: {self_approval: true}\n")
+        assert good(boss.post(f"{where}/deny"))["state"] == "denied"
+    declared = api.state.read_text()
+    api.state.write_text(declared + "\napi: {self_approval: true}\n")
     mine = client.post("/api/grants", json=SEED).headers["location"]
     until(lambda: client.post(f"{mine}/approve").status_code == 200)
-    assert client.post(f"{mine}/revoke").json()["state"] == "revoked"
-    api.state.write_text(good)
+    assert good(client.post(f"{mine}/revoke"))["state"] == "revoked"
+    api.state.write_text(declared)
     time.sleep(0.8)
 
 
 def test_a_grant_ends_by_time(api: Stand, client: httpx.Client) -> None:
     where = client.post("/api/grants", json=SEED | {"duration_s": 1}).headers["location"]
     with somebody(api, "boss", "approve") as boss:
-        assert boss.post(f"{where}/approve").json()["state"] == "approved"
-    until(lambda: client.get(where).json()["state"] == "expired", 3)
+        assert good(boss.post(f"{where}/approve"))["state"] == "approved"
+    until(lambda: good(client.get(where))["state"] == "expired", 3)
     until(lambda: any("expired" in str(one["text"]) for one in api.audit("api_change")), 3)
     assert client.post(f"{where}/revoke").status_code == 409
 
@@ -117,17 +117,17 @@ def test_an_approval_that_is_refused_is_taken_back(api: Stand, client: httpx.Cli
     assert answer.status_code == 409 and "opens more" in answer.json()["detail"]
     api.realizer.leftovers.clear()
     api.realizer.publish()
-    assert client.get(where).json()["state"] == "requested"
-    assert client.post(f"{where}/revoke").json()["state"] == "revoked"
+    assert good(client.get(where))["state"] == "requested"
+    assert good(client.post(f"{where}/revoke"))["state"] == "revoked"
 
 
 def test_grants_end_with_their_containers(api: Stand, client: httpx.Client) -> None:
-    made = client.post("/api/containers/create", json={"name": "probe", "network": "management"}).json()
+    made = good(client.post("/api/containers/create", json={"name": "probe", "network": "management"}))
     where = client.post("/api/grants", json=SEED | {"source": "probe"}).headers["location"]
     with somebody(api, "boss", "approve") as boss:
-        assert boss.post(f"{where}/approve").json()["source"] == made["id"]
+        assert good(boss.post(f"{where}/approve"))["source"] == made["id"]
     assert client.delete("/api/containers/probe").status_code == 200
-    assert client.get(where).json()["state"] == "revoked"
+    assert good(client.get(where))["state"] == "revoked"
 
 
 def test_vpn_clients(api: Stand, client: httpx.Client) -> None:
@@ -144,7 +144,7 @@ def test_vpn_clients(api: Stand, client: httpx.Client) -> None:
     for path in api.directory.rglob("*"):
         if path.is_file():
             assert private.encode() not in path.read_bytes(), path
-    assert client.delete("/api/vpn/clients/laptop").json()["name"] == "laptop"
+    assert good(client.delete("/api/vpn/clients/laptop"))["name"] == "laptop"
     assert client.delete("/api/vpn/clients/laptop").status_code == 404
 
 
@@ -164,17 +164,17 @@ def test_secrets_are_shown_once(api: Stand, client: httpx.Client) -> None:
 
 
 def test_what_is_looked_at(client: httpx.Client) -> None:
-    networks = {one["name"]: one for one in client.get("/api/networks").json()["networks"]}
+    networks = {one["name"]: one for one in good(client.get("/api/networks"))["networks"]}
     assert networks["privacy"]["ids"] == "100-199" and networks["management"]["egress"] is None
     assert client.get("/api/networks/privacy").json() == networks["privacy"]
     assert client.get("/api/networks/nowhere").status_code == 404
-    assert client.get("/api/egress").json()["egress"][0]["port"] == "warp0"
-    status = client.get("/api/status").json()
+    assert good(client.get("/api/egress"))["egress"][0]["port"] == "warp0"
+    status = good(client.get("/api/status"))
     assert status["node"] == "n1" and status["store_connected"] and len(status["unknown"]) == 2
-    why = client.get("/api/why", params={"source": "monitoring", "destination": "xray", "port": "8080"}).json()
+    why = good(client.get("/api/why", params={"source": "monitoring", "destination": "xray", "port": "8080"}))
     assert why["verdict"] == "no" and why["needed"]
     assert client.get("/api/why", params={"source": "xray", "destination": "nobody"}).status_code == 422
-    cells = client.get("/api/reachability", params={"from": "monitoring", "to": "xray"}).json()["cells"]
+    cells = good(client.get("/api/reachability", params={"from": "monitoring", "to": "xray"}))["cells"]
     assert cells[0]["from"] == "monitoring" and cells[0]["to"] == "xray"
     assert client.get("/api/reachability").status_code == 200
 

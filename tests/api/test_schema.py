@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from controller.records import Records
-from tests.api.stand import Stand, stand
+from tests.api.stand import Stand, good, stand
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to ask as other users")
 STRANGER = 12345
@@ -133,7 +133,7 @@ def test_a_stranger_changes_and_sees_nothing(api: Stand, document: dict[str, Any
 def test_who_may_only_read_changes_nothing(api: Stand, document: dict[str, Any]) -> None:
     with api.client() as client:
         body = {"name": "reader", "scopes": ["read"], "expires_in_s": 600}
-        token = client.post("/api/tokens", json=body).json()["token"]
+        token = good(client.post("/api/tokens", json=body))["token"]
     before = bare(api.realizer.records)
     statuses = fuzz(api, document, {"Authorization": f"Bearer {token}"}, STRANGER)
     assert not [status for status in statuses if status >= 500] and 403 in statuses

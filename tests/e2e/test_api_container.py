@@ -66,7 +66,7 @@ def _with_api(directory: Path, loop: asyncio.AbstractEventLoop) -> None:
 async def _ask_it(api: Stand) -> None:
     with api.client() as client:
         body = {"name": "t", "scopes": ["read"]}
-        token = client.post("/api/tokens", json=body).json()["token"]
+        token = client.post("/api/tokens", json=body).raise_for_status().json()["token"]
         ca, key = api.directory / "state/certificate.pem", api.directory / "state/private_key.pem"
         await comes(ca, token, "200 good")
         assert stat.S_IMODE(key.stat().st_mode) == 0o600

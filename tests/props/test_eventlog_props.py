@@ -16,6 +16,7 @@ from controller.eventlog import MIN_SEGMENT_BYTES, EventLog
 from controller.eventread import read
 from controller.events import Event, Kind, decode, encode, seal
 from controller.eventverify import Damage, Verdict, verify
+from tests.fakes.effort import examples
 
 COUNT = 60
 HEAD = "head"
@@ -100,7 +101,7 @@ indexes = st.integers(0, COUNT - 1)
 
 
 @given(st.data(), st.sampled_from(NAMES), st.integers(0, 255))
-@settings(lawful, max_examples=300)
+@settings(lawful, max_examples=examples(300))
 def test_any_altered_byte_is_found_and_its_record_named(data: st.DataObject, name: str, byte: int) -> None:
     files, _ = sound_log()
     content = files[name]
@@ -219,7 +220,7 @@ uses = st.lists(st.tuples(sizes, st.lists(st.tuples(st.sampled_from(Kind), texts
 
 
 @given(uses, st.sampled_from([None, 1, 5]))
-@settings(lawful, max_examples=60)
+@settings(lawful, max_examples=examples(60))
 def test_no_history_of_use_breaks_numbers_chain_bound_or_count(
     history: list[tuple[int, list[tuple[Kind, str]]]], limit: int | None
 ) -> None:

@@ -14,9 +14,10 @@ from controller.grants import openings, passages, zones
 from controller.model import Bridge, BridgeKind, DesiredState
 from controller.verify.prove import Prover, prove
 from controller.verify.reach import Cell, whole
+from tests.fakes.effort import examples
 from tests.fakes.states import granted_states, grants_of
 
-SLOW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+SLOW = settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def flows_of(state: DesiredState, bridge: Bridge) -> dict[FlowKey, Flow]:

@@ -14,9 +14,10 @@ from controller.flow import Flow, FlowKey, Match, Output, SetField
 from controller.frame import Port
 from controller.model import Bridge, BridgeKind, DesiredState
 from controller.verify.prove import Prover, prove
+from tests.fakes.effort import examples
 from tests.fakes.states import states, two_networks
 
-SLOW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+SLOW = settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
 Flows = dict[FlowKey, Flow]
 
 
@@ -117,7 +118,7 @@ def test_ports_and_states_that_change(first: DesiredState, second: DesiredState,
         agree(prover, state, bridge, ports, flows)
 
 
-@settings(SLOW, max_examples=80)
+@settings(SLOW, max_examples=examples(80))
 @given(st.data())
 def test_flows_that_are_damaged(data: st.DataObject) -> None:
     """Damages that are harmless pile up; one that is not is found, and the next proof begins with sound flows again."""

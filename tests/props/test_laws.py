@@ -39,10 +39,11 @@ from controller.signals import (
     SwitchError,
     Tick,
 )
+from tests.fakes.effort import examples
 from tests.fakes.states import VPN_PORT, WORLD, fake, port_maps, states
 from tests.fakes.switch import Dropped, FakeSwitch, Packet, Sent, Shown, Wired, packet, show
 
-lawful = settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+lawful = settings(deadline=None, max_examples=examples(40), suppress_health_check=list(HealthCheck))
 PACKETS = 120
 IPV4, ARP, IPV6, LLDP = 0x0800, 0x0806, 0x86DD, 0x88CC
 TCP, UDP = 6, 17
@@ -517,7 +518,7 @@ def bridged(
 
 
 @given(bridged(), st.integers(0, 2**32))
-@settings(lawful, max_examples=150)
+@settings(lawful, max_examples=examples(150))
 def test_no_packet_goes_where_it_may_not(given_: tuple[DesiredState, Bridge, FakeSwitch, bool], seed: int) -> None:
     state, bridge, switch, up = given_
     policy = Policy(state, bridge, switch, up)
@@ -901,5 +902,5 @@ class History(RuleBasedStateMachine):
 
 TestHistory = History.TestCase
 TestHistory.settings = settings(
-    deadline=None, max_examples=60, stateful_step_count=30, suppress_health_check=list(HealthCheck)
+    deadline=None, max_examples=examples(60), stateful_step_count=30, suppress_health_check=list(HealthCheck)
 )

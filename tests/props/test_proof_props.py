@@ -14,9 +14,10 @@ from controller.model import Bridge, DesiredState
 from controller.verify.cubes import empty, solve, witness
 from controller.verify.prove import prove
 from controller.verify.space import inside, meet
+from tests.fakes.effort import examples
 from tests.fakes.states import states, two_networks
 
-SLOW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+SLOW = settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def flows_of(state: DesiredState, bridge: Bridge) -> list[Flow]:

@@ -23,6 +23,7 @@ from controller.model import Network, Rule
 from controller.ofparse import LiteralFlow, parse
 from controller.ofrules import judge
 from controller.problems import InvalidInput, Problem, Severity
+from tests.fakes.effort import examples
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TEXT = (EXAMPLES / "oo1424oo.yaml").read_text()
@@ -90,7 +91,7 @@ NONSENSE = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(NONSENSE)
 def test_nested_nonsense(value: Any) -> None:
     outcome(json.dumps(value))
@@ -99,13 +100,13 @@ def test_nested_nonsense(value: Any) -> None:
         outcome(json.dumps({**TREE, **value}))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(st.text(max_size=300) | st.text(alphabet="{}[]:,-&*!|>?#%@`'\"~ \n\tab01.", max_size=300))
 def test_any_text(text: str) -> None:
     outcome(text)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=400))
 def test_any_bytes(tmp_path: Path, data: bytes) -> None:
     file = tmp_path / "state.yaml"
@@ -157,13 +158,13 @@ def mutations(draw: st.DrawFn) -> dict[str, Any]:
     return tree
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 @given(mutations())
 def test_mutated_example(tree: dict[str, Any]) -> None:
     outcome(json.dumps(tree))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(0, len(TEXT) - 1), st.sampled_from(list("{}[]:,-&*!|'\"\n \t\0x0#")) | st.just("")),
@@ -177,7 +178,7 @@ def test_mutated_text(edits: list[tuple[int, str]]) -> None:
     outcome(text)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.integers(0, len(TEXT)))
 def test_cut_off(length: int) -> None:
     outcome(TEXT[:length])
@@ -224,7 +225,7 @@ ANY_FLOW = (
 )
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 @given(st.lists(ANY_FLOW, max_size=8), st.sampled_from(["vmbr0", "vmbr1", "mesh-privacy"]))
 def test_any_flows(flows: list[str], bridge: str) -> None:
     tree = copy.deepcopy(TREE)
@@ -232,7 +233,7 @@ def test_any_flows(flows: list[str], bridge: str) -> None:
     outcome(json.dumps(tree))
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 @given(ANY_FLOW)
 def test_any_flow_parses_or_has_a_fault(text: str) -> None:
     found = parse(text)
@@ -254,7 +255,7 @@ def matches(rule: Rule, in_port: str | None, packet: dict[str, int]) -> bool:
     return all(name in packet and packet[name] & mask == value for name, value, mask in rule.match)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 @given(st.lists(FLOWS, min_size=2, max_size=8), st.randoms(use_true_random=False))
 def test_rules_of_one_rank_do_not_meet(flows: list[str], rng: random.Random) -> None:
     """By example: a packet made from two rules of a rank together never matches both."""
@@ -270,7 +271,7 @@ def test_rules_of_one_rank_do_not_meet(flows: list[str], rng: random.Random) -> 
                 assert not (matches(first, in_port, packet) and matches(second, in_port, packet))
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 @given(st.lists(FLOWS, max_size=8))
 def test_rules_keep_to_their_network_and_receiver(flows: list[str]) -> None:
     privacy: Network = NETWORKS[0]

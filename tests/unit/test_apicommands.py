@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 from click.shell_completion import BashComplete
 from click.testing import CliRunner, Result
 
-from controller.cli import main
+from controller.cli import COMMANDS, main
 from controller.containercli import service
 from controller.problems import BulkheadError
 from tests.fakes.api import Answer, Asked, FakeApi, problem
@@ -317,7 +319,26 @@ def test_every_command_that_prints_takes_json() -> None:
             yield from leaves(command) if isinstance(command, click.Group) else [command]
 
     for name in ("container", "grant", "token", "service", "network", "vpn"):
-        group = main.commands[name]
+        group = main.get_command(click.Context(main), name)
         assert isinstance(group, click.Group)
         for command in leaves(group):
             assert "as_json" in {param.name for param in command.params}, command.name
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_is_found_by_its_name(name: str) -> None:
+    found = main.get_command(click.Context(main), name)
+    assert found is not None and found.name == name and found.get_short_help_str()
+
+
+def test_a_command_that_is_not_there_is_said() -> None:
+    answer = CliRunner().invoke(main, ["nothing"])
+    assert answer.exit_code == 2 and "No such command 'nothing'" in answer.stderr
+
+
+def test_asking_the_api_imports_nothing_of_what_serves_it() -> None:
+    script = (
+        "import sys; sys.argv[1:] = ['status', '--help']; from controller.cli import main; main(standalone_mode=False); "
+        "assert not {'fastapi', 'os_ken', 'mcp', 'pyroute2', 'pydantic', 'ovs'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)

@@ -46,7 +46,7 @@ RANKS = (
     ("lab",),
     ("apicli", "checkcli", "hostcli", "proofcli", "agentcli", "vpncli", "firewallcli", "storecli", "pkicli", "wgcli"),
     ("containercli", "grantcli", "tokencli", "completioncli", "mcpcli", "clientcli", "routercli"),
-    ("unitscli", "networkcli", "incidentcli"),
+    ("unitscli", "networkcli", "incidentcli", "controllercli", "eventscli"),
     ("cli",),
     ("__main__",),
 )
