@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from controller.problems import BulkheadError
-from controller.terminal import NO, columns, guarded, json_option, print_grid, print_json, say, security_dir_option
+from controller.terminal import NO, columns, guarded, json_option, print_grid, print_json, router_dir_option, say
 
 if TYPE_CHECKING:
     from controller.security.hpke import Client, RouterKeys
@@ -60,7 +60,7 @@ def keygen(file: Path, suite: str, as_json: bool) -> None:
 @client.command()
 @click.argument("name")
 @click.argument("public", metavar="FILE.pub")
-@security_dir_option
+@router_dir_option
 @json_option
 @guarded
 def register(name: str, public: str, security_dir: Path, as_json: bool) -> None:
@@ -76,7 +76,7 @@ def register(name: str, public: str, security_dir: Path, as_json: bool) -> None:
 
 
 @client.command("list")
-@security_dir_option
+@router_dir_option
 @json_option
 @guarded
 def list_clients(security_dir: Path, as_json: bool) -> None:
@@ -95,7 +95,7 @@ def list_clients(security_dir: Path, as_json: bool) -> None:
 
 @client.command()
 @click.argument("name_or_id", metavar="NAME|ID")
-@security_dir_option
+@router_dir_option
 @json_option
 @guarded
 def revoke(name_or_id: str, security_dir: Path, as_json: bool) -> None:
@@ -181,7 +181,7 @@ def router_keys() -> None:
 
 @router_keys.command()
 @click.option("--overlap", "overlap_h", type=click.IntRange(0, 24 * 90), default=24, show_default=True, help="Hours.")
-@security_dir_option
+@router_dir_option
 @json_option
 @guarded
 def rotate(overlap_h: int, security_dir: Path, as_json: bool) -> None:
@@ -195,7 +195,7 @@ def rotate(overlap_h: int, security_dir: Path, as_json: bool) -> None:
 
 
 @router_keys.command()
-@security_dir_option
+@router_dir_option
 @json_option
 @guarded
 def prune(security_dir: Path, as_json: bool) -> None:
@@ -209,7 +209,7 @@ def prune(security_dir: Path, as_json: bool) -> None:
 
 
 @router_keys.command("list")
-@security_dir_option
+@router_dir_option
 @json_option
 @guarded
 def list_keys(security_dir: Path, as_json: bool) -> None:

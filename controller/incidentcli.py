@@ -37,6 +37,7 @@ from controller.terminal import (
     json_option,
     print_grid,
     print_json,
+    router_home,
     run_dir_option,
     say,
     security_dir_option,
@@ -457,7 +458,7 @@ def _network(file: Path, security_dir: Path, root: Path) -> str:
 
 def _access(security_dir: Path, notes: dict[str, Any]) -> str:
     """Who may do what, for a person to read: nothing of it is bad by itself."""
-    names = [client.name for client in Registry(security_dir / "hpke").clients()]
+    names = [client.name for client in Registry(router_home(security_dir) / "hpke").clients()]
     notes["access"] = (
         f"clients that may ask: {', '.join(names) or 'none'}; revoke who should not: bulkhead client revoke"
     )

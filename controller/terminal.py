@@ -27,6 +27,7 @@ NO, UNKNOWN = 1, 2
 RUN_DIR = Path("/run/bulkhead")
 EVENTS_DIR = Path("/var/lib/bulkhead/events")
 SECURITY_DIR = Path("/var/lib/bulkhead/security")
+ROUTER_DIR = Path("/var/lib/bulkhead/router")
 
 file_argument = click.argument("file", type=click.Path(path_type=Path))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")
@@ -54,6 +55,21 @@ security_dir_option = click.option(
     show_default=True,
     envvar="BULKHEAD_SECURITY_DIR",
     help="Where certificates (pki), WireGuard keys (wg) and clients of the router (hpke) are kept.",
+)
+
+
+def router_home(security_dir: Path = SECURITY_DIR) -> Path:
+    """Where the router of this machine has its clients and keys: its own user's directory, where its unit has run."""
+    return ROUTER_DIR if security_dir == SECURITY_DIR and ROUTER_DIR.is_dir() else security_dir
+
+
+router_dir_option = click.option(
+    "--security-dir",
+    type=click.Path(path_type=Path),
+    default=router_home,
+    show_default=f"{ROUTER_DIR} if the router's unit has run, else {SECURITY_DIR}",
+    envvar="BULKHEAD_SECURITY_DIR",
+    help="Where the router's clients and keys (hpke) are kept.",
 )
 
 

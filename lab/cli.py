@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -29,6 +30,9 @@ _run_dir = click.option(
     help="Where the lab keeps its sockets and logs.",
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")
+
+
+_PROMISED = {True: "green", False: "red"}
 
 
 class _Terminated(BaseException):
@@ -148,6 +152,38 @@ def demo(follow: bool, mininet: bool, run_dir: Path, as_json: bool) -> None:
             signal.signal(signum, signal.SIG_IGN)
         manager.down(run_dir)
     sys.exit(0 if all(each.as_expected for each in shown) else 1)
+
+
+@lab.command()
+@_json
+@_command
+def guide(as_json: bool) -> None:
+    """Set up the security guide's router, inference server and client, and try what the guide promises.
+
+    The servers are machines with a systemd of their own, over a copy of this one's files. Exit 1 if anything is not as it
+    must be. All of it is gone at the end.
+    """
+    from lab.guide import Guide
+    from lab.guideshow import play
+
+    _catch_signals()
+    promises = []
+    with (
+        tempfile.TemporaryDirectory(prefix="bulkhead-guide-") as directory,
+        Guide(Path(directory), _quiet if as_json else _step) as machines,
+    ):
+        machines.start()
+        for each in play(machines):
+            promises.append(each)
+            if not as_json:
+                wrong = "" if each.kept else f"   EXPECTED {each.expected}"
+                click.secho(f"{each.title:72} {each.seen}{wrong}", fg=_PROMISED[each.kept])
+    kept = sum(each.kept for each in promises)
+    if as_json:
+        _print_json([each.as_dict() for each in promises])
+    else:
+        click.echo(f"\n{kept} of {len(promises)} as promised")
+    sys.exit(0 if kept == len(promises) else 1)
 
 
 def _play(status: Status, as_json: bool) -> list[examples.Shown]:

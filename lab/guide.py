@@ -28,8 +28,6 @@ NEIGHBOUR = "198.51.100.8"
 _SOURCE = Path(__file__).resolve().parent.parent
 _BULKHEAD = (sys.executable, "-P", "-c", "from controller.cli import main; main()")
 TIMERS = tuple(f"bulkhead-{name}.timer" for name in ("minute", "weekly", "monthly"))
-AT_ROUTER = ("--security-dir", "/var/lib/bulkhead/router")
-"""Where the router, which runs as its own user, has its clients and keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +126,8 @@ class Guide:
         self._say("registering a client")
         self.home("client", "keygen", str(self.key))
         self.router.write("/root/laptop.pub", Path(f"{self.key}.pub").read_text())
-        self.bulkhead(self.router, "client", "register", "laptop", "/root/laptop.pub", *AT_ROUTER)
-        self._until(lambda: self._answers(), "answer from the inference server by way of the router")
+        self.bulkhead(self.router, "client", "register", "laptop", "/root/laptop.pub")
+        self.wait()
 
     @property
     def router(self) -> Machine:
@@ -238,6 +236,10 @@ class Guide:
         machine.run("install", "-d", "-m", "700", "-o", server.user, "-g", server.user, home)
         self.bulkhead(machine, "pki", "export", server.name, "--to", f"{home}/pki", "--owner", server.user)
         machine.run("systemctl", "enable", "--now", f"bulkhead-{server.role}.service", *TIMERS)
+
+    def wait(self) -> None:
+        """Until the inference server answers by way of the router. Raises `LabError`."""
+        self._until(self._answers, "answer from the inference server by way of the router")
 
     def _answers(self) -> bool:
         return self.ask("--json", '{"prompt": "hello"}').returncode == 0

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Any, Final, Protocol, cast
+from typing import Final, Protocol, cast
 
 import httptools
 
@@ -28,6 +28,7 @@ CONNECT_S: Final = 3.0
 PROBE_S: Final = 3.0
 KEEP_S: Final = 20.0
 """Connections idle for longer are not used again: less than servers keep theirs, so that both never act at once."""
+SILENT_S: Final = 8
 MOST_IDLE: Final = 256
 _MOST_HEAD: Final = 256 * 1024
 _FALL, _RISE = 2, 2
@@ -134,6 +135,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop has its own classes
+        _notice_silence(self.transport)
 
     def data_received(self, data: bytes) -> None:
         if self._sink is None:
@@ -374,6 +376,10 @@ class Upstream:
     def _set(self, well: bool, why: str) -> None:
         changed = well != self.well or not self._known
         self.well, self.why, self._known = well, why, True
+        if not well:
+            for each in self._idle:
+                each.drop()
+            self._idle.clear()
         if changed:
             self._told(self)
 
@@ -437,8 +443,14 @@ def _group(gid: int) -> str:
         return str(gid)
 
 
-def free_of_delay(transport: Any) -> None:
-    """Small parts go out at once."""
+def _notice_silence(transport: asyncio.Transport) -> None:
+    """Have the kernel end a connection whose other end acknowledges nothing for `SILENT_S`, also while it has nothing to say:
+    the way is gone, or it is cut off. A server that merely thinks for long is not meant; its kernel answers. tcp(7)."""
     found = transport.get_extra_info("socket")
-    if found is not None and found.family in (sockets.AF_INET, sockets.AF_INET6):
-        found.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1)
+    if found is None or found.family not in (sockets.AF_INET, sockets.AF_INET6):
+        return
+    found.setsockopt(sockets.SOL_SOCKET, sockets.SO_KEEPALIVE, 1)
+    found.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_KEEPIDLE, SILENT_S // 2)
+    found.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_KEEPINTVL, 1)
+    found.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_KEEPCNT, SILENT_S // 2)
+    found.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_USER_TIMEOUT, SILENT_S * 1000)
