@@ -143,6 +143,7 @@ UNITS: tuple[Unit, ...] = (
         "inference",
         {
             "PrivateUsers": "no",  # its socket is given to another group
+            "SystemCallFilter": "@system-service\n~@privileged @resources\n@chown",
             "StateDirectory": "bulkhead/inference",
             "StateDirectoryMode": "0700",
             "RuntimeDirectory": "bulkhead-inference",
