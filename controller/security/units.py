@@ -97,6 +97,7 @@ class Chore:
     text: str
 
 
+_STORE = "--store unix:/run/bulkhead/store.sock"
 _SECURITY = "/var/lib/bulkhead/security"
 _FIREWALL = "bulkhead-firewall.service"
 
@@ -157,7 +158,7 @@ UNITS: tuple[Unit, ...] = (
     Unit(
         "controller",
         "Bulkhead's OpenFlow controller",
-        f"bulkhead controller {STATE_FILE}",
+        f"bulkhead controller {STATE_FILE} {_STORE} --socket-group bulkhead",
         "bulkhead",
         {
             "UMask": "0027",  # the API reads the events
@@ -172,9 +173,10 @@ UNITS: tuple[Unit, ...] = (
     Unit(
         "agent",
         "Bulkhead's agent: makes this host what the state file says",
-        f"bulkhead agent {STATE_FILE}",
+        f"bulkhead agent {STATE_FILE} {_STORE} --api-user bulkhead-api",
         "root",
         {
+            "Group": "bulkhead",  # the API reads its events
             # Its containers, tunnels and name servers are other programs' children: they outlive a restart.
             "KillMode": "process",
             "Delegate": "yes",
@@ -199,7 +201,7 @@ UNITS: tuple[Unit, ...] = (
             "RestrictAddressFamilies": "AF_UNIX AF_INET AF_INET6 AF_NETLINK AF_PACKET",
             "StateDirectory": "bulkhead/agent",
         },
-        after=("network.target", "ovsdb-server.service"),
+        after=("network.target", "ovsdb-server.service", "bulkhead-store.service"),
     ),
     Unit(
         "wg",
@@ -229,10 +231,11 @@ UNITS: tuple[Unit, ...] = (
     Unit(
         "api",
         "Bulkhead's HTTP API",
-        f"bulkhead api {STATE_FILE}",
+        f"bulkhead api {STATE_FILE} {_STORE} --state-dir /var/lib/bulkhead/api",
         "bulkhead-api",
         {
             "PrivateUsers": "no",  # it checks who answers on a socket: all are nobody in a user namespace
+            "SystemCallFilter": "@system-service\n~@privileged @resources\n@chown",  # its socket is its group's
             "StateDirectory": "bulkhead/api",
             "ReadWritePaths": "-/run/bulkhead",
         },
