@@ -357,8 +357,13 @@ def _print_status(reply: dict[str, Any]) -> None:
             click.echo(warning)
         for leak in b["leaks"]:
             click.secho(f"{b['name']} LEAKS: {leak['text']}", fg="red")
-        for port in b["sealed"]:
-            click.echo(f"port {port} of {b['name']} is sealed; when it is mended: bulkhead unseal {b['name']} {port}")
+        for port, why in b["sealed"].items():
+            then = (
+                f"when it is mended: bulkhead unseal {b['name']} {port}"
+                if why == "leak"
+                else "bulkhead incident status"
+            )
+            click.echo(f"port {port} of {b['name']} is sealed ({why}); {then}")
     if reply["undeclared"]:
         click.echo(f"connected but not declared: {', '.join(reply['undeclared'])}")
     if reply["internal_errors"]:
