@@ -285,7 +285,8 @@ NODE_EXAMPLES = (
     NO_WAY_OUT,
     asked_here(
         "curl creates tor-relay in privacy, on the node", Expected.CREATED,
-        Ask("POST", "/api/containers/create", curl=True, answer=(("state", "ready"), ("address", "10.0.0.2"))), serves=("tcp:9001",),
+        Ask("POST", "/api/containers/create", curl=True, answer=(("state", "ready"), ("address", "10.0.0.2"))),
+        serves=("tcp:9001",),
     ),
     Example(
         "xray to tor-relay, by its name",
