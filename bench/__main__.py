@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bench import api, host, install, proof, router, throughput
+from bench import api, host, hpke, install, proof, router, throughput
 from bench.harness import Figure
 
 
@@ -25,7 +25,7 @@ from bench.harness import Figure
 @click.option("--containers", default=100, show_default=True, help="Containers of the host that the agent builds.")
 @click.option(
     "--only",
-    type=click.Choice(["install", "throughput", "proof", "host", "api", "router"]),
+    type=click.Choice(["install", "throughput", "proof", "host", "api", "router", "hpke"]),
     help="Just one of the parts.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Write the figures here as JSON.")
@@ -65,6 +65,9 @@ def _measure(
     if only in (None, "router"):
         click.echo(f"the router beside nginx, {rounds} rounds …", err=True)
         yield from router.measure(rounds)
+    if only in (None, "hpke"):
+        click.echo(f"requests sealed, opened and answered, {rounds} rounds …", err=True)
+        yield from hpke.measure(rounds)
 
 
 def _table(figures: list[Figure]) -> Table:

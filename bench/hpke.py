@@ -1,4 +1,4 @@
-"""How many requests one core seals, opens and answers in a second, and what a refusal costs. `python -m bench.hpke`."""
+"""How many requests one core seals, opens and answers in a second, and what a refusal costs."""
 
 from __future__ import annotations
 
@@ -62,10 +62,12 @@ class _Stand:
     def requests(self, suite: str, size: str, rounds: int) -> Iterator[Figure]:
         length, count = SIZES[size]
         body = bytes(length)
-        seals, opens, answers = [], [], []
+        seals: list[float] = []
+        opens: list[float] = []
+        answers: list[float] = []
         for _ in range(rounds):
             sealed: list[Sealed] = []
-            opened = []
+            opened: list[Opened] = []
             seals.append(_rate(range(count), lambda _, to=sealed: to.append(self.seal(suite, body))))
             opens.append(_rate(sealed, lambda each, to=opened: to.append(self.open(each))))
             answers.append(_rate(opened, lambda each: each.answer().whole(200, "application/json", body)))
@@ -102,8 +104,3 @@ def _rate(items: Iterable[object], what: Callable[..., object]) -> float:
     for item in todo:
         what(item)
     return len(todo) / (time.perf_counter() - started)
-
-
-if __name__ == "__main__":
-    for figure in measure(7):
-        print(f"{figure.name:40} {figure.value:10.0f} {figure.unit}   {figure.detail}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 from apps import APP_NAMES, MESH_APP, SOCKET_APPS
 from controller.fields import IN_PORT_FIELD
@@ -42,6 +43,14 @@ CANARY_FLOW = CANARY.flow(Band.MISS, cookie(CANARY_APP, "canary"))
 UNDECLARED_FLOW = ADMIT.flow(Band.MISS, cookie(UNDECLARED_APP, "bridge"))
 """All that a bridge gets that nobody declared: what it does not forward by somebody else's flows, drops."""
 
+
+class Sealing(StrEnum):
+    """Why nothing may come in by a port: by it something leaked, or an operator has cut its network off."""
+
+    LEAK = "leak"
+    NETWORK = "network"
+
+
 Ports = Mapping[str, Port]
 _PartKey = tuple[str, str]
 _Part = Placed | Member | PlacedRule | PlacedPassage | PlacedCrossings | Frame
@@ -65,9 +74,9 @@ class Compiled:
     missing: tuple[str, ...] = ()
     ports: frozenset[int] | None = None
 
-    def sealed(self, numbers: Iterable[int]) -> Compiled:
+    def sealed(self, numbers: Mapping[int, Sealing]) -> Compiled:
         """With everything dropped that comes in by these ports."""
-        seals = {flow.key: flow for flow in map(_seal, numbers)}
+        seals = {flow.key: flow for flow in (_seal(number, why) for number, why in numbers.items())}
         return replace(self, flows={**self.flows, **seals}) if seals else self
 
 
@@ -297,21 +306,23 @@ def planned_ports(state: DesiredState, bridge: Bridge) -> dict[str, Port]:
     return ports
 
 
-def _seal(port: int) -> Flow:
-    return Flow(ADMIT.id, 0xFFFF, Match.named(in_port=port), cookie=cookie(SEAL_APP, "seal"))
+def _seal(port: int, why: Sealing) -> Flow:
+    return Flow(ADMIT.id, 0xFFFF, Match.named(in_port=port), cookie=cookie(SEAL_APP, f"seal/{why}"))
 
 
-def sealed_port(flow: Flow) -> int | None:
-    """The number of the port that a flow seals, None if it seals none."""
+def sealed_port(flow: Flow) -> tuple[int, Sealing] | None:
+    """The number of the port that a flow seals, and why; None if it seals none."""
     port = flow.match.get(IN_PORT_FIELD)
-    return port[0] if port is not None and flow == _seal(port[0]) else None
+    if port is None:
+        return None
+    return next(((port[0], why) for why in Sealing if flow == _seal(port[0], why)), None)
 
 
 _APP_NAMES = {**APP_NAMES, CANARY_APP: "canary", UNDECLARED_APP: "undeclared", SEAL_APP: "seal"}
 
 _FIXED_OBJECTS = (
     "canary",
-    "seal",
+    *(f"seal/{why}" for why in Sealing),
     "bridge",
     "frames/vlan-tagged",
     "frames/reserved-multicast",

@@ -5,6 +5,7 @@ The controller's own modules are imported by its command only: they choose a thr
 
 from __future__ import annotations
 
+import grp
 import logging
 import os
 import sys
@@ -132,6 +133,16 @@ def _print_ofctl(compiled: Compiled, names: Names) -> None:
         click.echo(str(flow))
 
 
+def _group(name: str | None) -> int | None:
+    """The number of a group. Raises `BulkheadError`."""
+    if name is None or name.isdecimal():
+        return int(name) if name else None
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise BulkheadError(f"there is no group {name}; name another with --socket-group") from None
+
+
 @click.command()
 @file_argument
 @run_dir_option
@@ -208,7 +219,7 @@ def _print_plan(bridge: dict[str, Any]) -> None:
 @click.option("--ca-cert", type=click.Path(path_type=Path), help="For ssl: the CA that switches' certificates are of.")
 @click.option("--crl", type=click.Path(path_type=Path), help="For ssl: the CA's list of revoked certificates, PEM.")
 @click.option("--ovsdb", default=OVSDB, show_default=True, help="Where to read bridges' names and settings; '' to not.")
-@click.option("--socket-group", type=int, help="The number of a group that may ask how everything is: the API's.")
+@click.option("--socket-group", help="A group, by name or number, that may ask how everything is: the API's.")
 @click.option("--seal", is_flag=True, help="Drop all from a port whose packets leak by foreign flows, until cleared.")
 @click.option("-v", "--verbose", is_flag=True, help="Log every event to standard error too.")
 @run_dir_option
@@ -223,7 +234,7 @@ def controller(
     ca_cert: Path | None,
     crl: Path | None,
     ovsdb: str,
-    socket_group: int | None,
+    socket_group: str | None,
     seal: bool,
     verbose: bool,
     run_dir: Path,
@@ -248,7 +259,16 @@ def controller(
     tls = Tls(private_key, certificate, ca_cert, crl) if private_key and certificate and ca_cert else None
     addresses = tuple(parse(text, tls) for text in listen)
     settings = shell.Settings(
-        file, addresses, run_dir, events_dir, ovsdb or None, seal, store.addresses, store.tls, store.node, socket_group
+        file,
+        addresses,
+        run_dir,
+        events_dir,
+        ovsdb or None,
+        seal,
+        store.addresses,
+        store.tls,
+        store.node,
+        _group(socket_group),
     )
     shell.serve(settings)
 
@@ -308,8 +328,13 @@ def _print_status(reply: dict[str, Any]) -> None:
             click.echo(warning)
         for leak in b["leaks"]:
             click.secho(f"{b['name']} LEAKS: {leak['text']}", fg="red")
-        for port in b["sealed"]:
-            click.echo(f"port {port} of {b['name']} is sealed; when it is mended: bulkhead unseal {b['name']} {port}")
+        for port, why in b["sealed"].items():
+            then = (
+                f"when it is mended: bulkhead unseal {b['name']} {port}"
+                if why == "leak"
+                else "bulkhead incident status"
+            )
+            click.echo(f"port {port} of {b['name']} is sealed ({why}); {then}")
     if reply["undeclared"]:
         click.echo(f"connected but not declared: {', '.join(reply['undeclared'])}")
     if reply["internal_errors"]:

@@ -14,7 +14,7 @@ from apps.learning import is_path
 from apps.packet_in import QUIET_S
 from controller import packets, status
 from controller.codec import FlowStats, PacketIn
-from controller.compile import BridgeCompiler, Compiled, Conflict, Names, sealed_port, undeclared
+from controller.compile import BridgeCompiler, Compiled, Conflict, Names, Sealing, sealed_port, undeclared
 from controller.events import JSON, Kind
 from controller.frame import Port, object_id
 from controller.grants import Opening, openings, passage_ports, why_not, zones
@@ -67,7 +67,7 @@ class Core:
         self.state = state
         self.seal = seal
         self._watches: dict[int, Watch] = {}
-        self._sealed: dict[str, set[str]] = {}
+        self._sealed: dict[str, dict[str, Sealing]] = {}
         self.wording = Wording(state, Names([state]))
         self.switches: dict[int, Switch] = {}
         self.facts: dict[str, BridgeFacts] = {}
@@ -270,8 +270,8 @@ class Core:
         if switch.bridge is None:
             return undeclared(switch.name)
         compiled = switch.compiler.compile(self.state, switch.bridge, switch.ports, switch.egress_up is not False)
-        sealed = self._sealed.get(switch.name, set()) & switch.ports.keys()
-        compiled = compiled.sealed(switch.ports[name].number for name in sorted(sealed))
+        sealed = sorted(self._sealed.get(switch.name, {}).items())
+        compiled = compiled.sealed({switch.ports[name].number: why for name, why in sealed if name in switch.ports})
         proved = (self.state, {name: port.number for name, port in switch.ports.items()}, compiled.flows)
         if switch.proved is None or switch.proved[0] is not self.state or switch.proved[1:] != proved[1:]:
             found = switch.prover.prove(self.state, switch.bridge, switch.ports, compiled.flows)
@@ -529,19 +529,23 @@ class Core:
         return out + (self._close(switch, news, now) if self.seal else [])
 
     def _close(self, switch: Switch, findings: list[Finding], now: float) -> Effects:
-        sealed = self._sealed.setdefault(switch.name, set())
+        sealed = self._sealed.setdefault(switch.name, {})
         found = {f.counterexample.in_port for f in findings if f.counterexample is not None}
-        fresh = sorted((found & switch.ports.keys()) - sealed)
-        sealed |= set(fresh)
-        out: Effects = [self.wording.sealed(switch, name) for name in fresh]
+        fresh = sorted(name for name in found & switch.ports.keys() if sealed.get(name) is not Sealing.LEAK)
+        sealed |= dict.fromkeys(fresh, Sealing.LEAK)
+        out: Effects = [self.wording.sealed(switch, name, Sealing.LEAK) for name in fresh]
         return out + (self._want(switch, now) if fresh else [])
 
     def _adopt_seals(self, switch: Switch, flows: Iterable[FlowStats]) -> Effects:
         """What was sealed before this controller began stays so."""
-        numbers = {sealed_port(stats.flow) for stats in flows} - {None}
-        found = {port.name for port in switch.ports.values() if port.number in numbers}
-        sealed = self._sealed.setdefault(switch.name, set())
-        out: Effects = [self.wording.sealed(switch, name) for name in sorted(found - sealed)]
+        numbers = dict(seal for stats in flows if (seal := sealed_port(stats.flow)) is not None)
+        sealed = self._sealed.setdefault(switch.name, {})
+        found = {
+            name: numbers[port.number]
+            for name, port in sorted(switch.ports.items())
+            if port.number in numbers and name not in sealed
+        }
+        out: Effects = [self.wording.sealed(switch, name, why) for name, why in found.items()]
         if out:
             sealed |= found
             switch.flows.desired = self._compile_or_keep(switch, out)
@@ -551,14 +555,14 @@ class Core:
         switch = self.by_name(seal.bridge)
         if switch is None or seal.port not in switch.ports or seal.port in self._sealed.get(seal.bridge, ()):
             return []
-        self._sealed.setdefault(seal.bridge, set()).add(seal.port)
-        return [self.wording.sealed(switch, seal.port), *self._want(switch, now)]
+        self._sealed.setdefault(seal.bridge, {})[seal.port] = Sealing.NETWORK
+        return [self.wording.sealed(switch, seal.port, Sealing.NETWORK), *self._want(switch, now)]
 
     def _unseal(self, unseal: Unseal, now: float) -> Effects:
         switch = self.by_name(unseal.bridge)
         if switch is None or unseal.port not in self._sealed.get(unseal.bridge, ()):
             return []
-        self._sealed[unseal.bridge].discard(unseal.port)
+        del self._sealed[unseal.bridge][unseal.port]
         text = f"port {unseal.port} of {switch.name} is not sealed any more: an operator has cleared it"
         told: Effects = [self.wording.log(Kind.UNSEALED, text, switch, port=unseal.port)]
         return [*told, *self._want(switch, now)]
@@ -570,9 +574,9 @@ class Core:
         leaks = {self.switches[dpid].name: watch.open for dpid, watch in self._watches.items()}
         return status.status(self.wording, self.switches.values(), self._warned, leaks, self.sealed())
 
-    def sealed(self) -> dict[str, list[str]]:
-        """The sealed ports of every bridge that has any."""
-        return {bridge: sorted(ports) for bridge, ports in self._sealed.items() if ports}
+    def sealed(self) -> dict[str, dict[str, Sealing]]:
+        """The sealed ports of every bridge that has any, and why they are."""
+        return {bridge: dict(sorted(ports.items())) for bridge, ports in self._sealed.items() if ports}
 
     def plan(self, state: DesiredState) -> list[dict[str, JSON]]:
         """What another state would change. Changes nothing. Raises `Conflict`."""

@@ -74,8 +74,10 @@ def _seals(security_dir: Path, run_dir: Path) -> Seals:
             reply = ask(run_dir, {"ask": "seal-network", "network": network, "sealed": closed}, 5.0)
         except BulkheadError as exc:
             return f"flows of {network} are as they were, the firewall alone cuts: {exc}" if closed else ""
-        gone = reply.get("not_connected") or []
-        return f"not connected, and so not changed: {', '.join(gone)}" if gone else ""
+        gone, leaked = reply.get("not_connected") or [], reply.get("leaked") or []
+        told = [f"not connected, and so not changed: {', '.join(gone)}"] if gone else []
+        told += [f"stays closed, for it leaked; when that is mended: bulkhead unseal {port}" for port in leaked]
+        return "; ".join(told)
 
     return Seals(security_dir / "seals", ports=ports)
 

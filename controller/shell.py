@@ -31,7 +31,7 @@ from os_ken.ofproto import ofproto_v1_4
 from controller import codec, fields
 from controller import wire as _wire  # noqa: F401  (mends os-ken's parser)
 from controller.codec import CodecError
-from controller.compile import Conflict
+from controller.compile import Conflict, Sealing
 from controller.control import ControlSocket
 from controller.core import Core
 from controller.desired import Desired
@@ -373,22 +373,25 @@ class Bulkhead(app_manager.OSKenApp):  # type: ignore[misc]
         reply({"bridge": bridge, "port": port, "sealed": False})
 
     def _seal_network(self, network: str, sealed: object, reply: Callable[[dict[str, Any]], None]) -> None:
-        """Close every port of every bridge of a network, or open those that are closed."""
+        """Close every port of every bridge of a network, or open those that this has closed: not those that leaked."""
         bridges = [one.name for one in self.core.state.bridges if one.network == network]
         if not bridges or not isinstance(sealed, bool):
             there = ", ".join(one.name for one in self.core.state.networks) or "none"
             reply({"error": f"no network {network!r} with a bridge, or no true or false; there are: {there}"})
             return
-        had, changed = self.core.sealed(), []
+        changed, leaked = [], []
         for bridge in bridges:
-            switch = self.core.by_name(bridge)
-            ports = list(switch.ports) if switch is not None and sealed else had.get(bridge, [])
-            for port in ports:
-                if (port in had.get(bridge, [])) is not sealed:
-                    self.feed(Seal(bridge, port) if sealed else Unseal(bridge, port))
-                    changed.append(f"{bridge} {port}")
+            switch, had = self.core.by_name(bridge), self.core.sealed().get(bridge, {})
+            if sealed:
+                todo = [port for port in (switch.ports if switch is not None else ()) if port not in had]
+            else:
+                todo = [port for port, why in had.items() if why is Sealing.NETWORK]
+                leaked += [f"{bridge} {port}" for port in had if port not in todo]
+            for port in todo:
+                self.feed(Seal(bridge, port) if sealed else Unseal(bridge, port))
+                changed.append(f"{bridge} {port}")
         gone = [bridge for bridge in bridges if self.core.by_name(bridge) is None]
-        reply({"network": network, "sealed": sealed, "ports": changed, "not_connected": gone})
+        reply({"network": network, "sealed": sealed, "ports": changed, "leaked": leaked, "not_connected": gone})
 
     def _plan(self, path: Path, reply: Callable[[dict[str, Any]], None]) -> None:
         try:

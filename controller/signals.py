@@ -154,7 +154,7 @@ class SwitchError:
 
 @dataclass(frozen=True, slots=True)
 class Seal:
-    """An operator says that nothing may come in by a port of a bridge until it is unsealed."""
+    """An operator cuts a network off: nothing may come in by this port of a bridge of it until it is unsealed."""
 
     bridge: str
     port: str

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from controller import diff, fields
 from controller.codec import FlowStats
-from controller.compile import BridgeCompiler, Names
+from controller.compile import BridgeCompiler, Names, Sealing
 from controller.events import JSON
 from controller.model import Bridge, DesiredState
 from controller.pipeline import ADMIT, table_name
@@ -24,7 +24,7 @@ def status(
     switches: Collection[Switch],
     warnings: Warnings,
     leaks: Mapping[str, Iterable[Finding]],
-    sealed: Mapping[str, Collection[str]],
+    sealed: Mapping[str, Mapping[str, Sealing]],
 ) -> dict[str, JSON]:
     """Every declared bridge and what is known of it, for `bulkhead status`."""
     state = wording.state
@@ -35,7 +35,7 @@ def status(
         "bridges": [
             _bridge(wording, bridge, by_bridge.get(bridge), warnings)
             | {"leaks": [finding.as_data() for finding in leaks.get(bridge.name, ())]}
-            | {"sealed": sorted(sealed.get(bridge.name, ()))}
+            | {"sealed": {port: str(why) for port, why in sealed.get(bridge.name, {}).items()}}
             for bridge in state.bridges
         ],
         "undeclared": [switch.name for switch in switches if switch.bridge is None],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from controller import fields, packets
 from controller.codec import FlowUpdate, Reason, Update
-from controller.compile import Names
+from controller.compile import Names, Sealing
 from controller.events import JSON, Event, Kind
 from controller.flow import Flow
 from controller.model import DesiredState, Ipv4, Network
@@ -131,12 +131,14 @@ class Wording:
         flow = theirs[0] if theirs else None
         return self.log(Kind.LEAK, text, switch, flow=flow, port=port, packet=example.packet, data=data)
 
-    def sealed(self, switch: Switch, port: str) -> Log:
+    def sealed(self, switch: Switch, port: str, why: Sealing) -> Log:
         """Everything that comes in by a port drops from now on."""
-        text = (
-            f"port {port} of {switch.name} is sealed: everything that comes in by it drops, until you have mended what leaked "
-            f"and say: bulkhead unseal {switch.name} {port}"
+        until = (
+            f"until you have mended what leaked and say: bulkhead unseal {switch.name} {port}"
+            if why is Sealing.LEAK
+            else "until its network, which is cut off, is let in again: bulkhead incident status"
         )
+        text = f"port {port} of {switch.name} is sealed: everything that comes in by it drops, {until}"
         return self.log(Kind.SEALED, text, switch, port=port)
 
     def path_cut(self, switch: Switch, flow: Flow) -> Log:

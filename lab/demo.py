@@ -105,15 +105,29 @@ class Shown:
         }
 
 
+FORGED = Example(
+    "a container pretends to be another",
+    "xray", Try("udp", "10.0.0.100", 4000, spoof="10.0.0.50", say="forged"), Expected.BLOCKED, "gateway",
+)  # fmt: skip
+TO_MANAGEMENT = Example(
+    "xray to the op-dbus API (privacy to management)",
+    "xray", Try("tcp", "10.1.0.201", 9573), Expected.REFUSED, "op-dbus-api",
+)  # fmt: skip
+TO_PRIVACY = Example(
+    "MCP server to xray (management to privacy)",
+    "mcp-server", Try("tcp", "10.0.0.102", 443), Expected.REFUSED, "xray",
+)  # fmt: skip
+NO_WAY_OUT = Example(
+    "MCP server to the internet (management has no way out)",
+    "mcp-server", Try("tcp", WORLD, 443), Expected.REFUSED, "inet",
+)  # fmt: skip
+
 EXAMPLES = (
     Example(
         "the world comes in, unasked",
         "inet", Try("udp", "10.0.0.102", 4000, say="unasked", source=WORLD), Expected.BLOCKED, "xray",
     ),
-    Example(
-        "a container pretends to be another",
-        "xray", Try("udp", "10.0.0.100", 4000, spoof="10.0.0.50", say="forged"), Expected.BLOCKED, "gateway",
-    ),
+    FORGED,
     Example(
         "SOCKS5 user, through the mesh and WARP, to the internet",
         "peer-privacy", Try("tcp", WORLD, 443), Expected.PASSES, "inet",
@@ -146,18 +160,9 @@ EXAMPLES = (
         "the host to the op-dbus API",
         "host", Try("tcp", "10.1.0.201", 9574), Expected.PASSES, "op-dbus-api",
     ),
-    Example(
-        "xray to the op-dbus API (privacy to management)",
-        "xray", Try("tcp", "10.1.0.201", 9573), Expected.REFUSED, "op-dbus-api",
-    ),
-    Example(
-        "MCP server to xray (management to privacy)",
-        "mcp-server", Try("tcp", "10.0.0.102", 443), Expected.REFUSED, "xray",
-    ),
-    Example(
-        "MCP server to the internet (management has no way out)",
-        "mcp-server", Try("tcp", WORLD, 443), Expected.REFUSED, "inet",
-    ),
+    TO_MANAGEMENT,
+    TO_PRIVACY,
+    NO_WAY_OUT,
     Example(
         "kill switch: the tunnel is down, xray to the internet",
         "xray", Try("tcp", WORLD, 443), Expected.BLOCKED, "inet", tunnel_down=True,
@@ -201,6 +206,12 @@ HEALTH = {
     "source": "202", "target": "102", "protocol": "tcp", "port": 8080, "reason": "is the relay well?", "duration_s": 600,
 }  # fmt: skip
 
+
+def asked_here(title: str, expected: Expected, ask: Ask, serves: tuple[str, ...] = ()) -> Example:
+    """What is asked of the API on the node itself."""
+    return Example(title, "host", Try("tcp", LOOPBACK, 9573), expected, "", ask=ask, serves=serves)
+
+
 NODE_EXAMPLES = (
     Example(
         "the world comes in by the tunnel, unasked",
@@ -210,10 +221,7 @@ NODE_EXAMPLES = (
         "the world routes the private network to the node",
         "inet", Try("udp", "10.0.0.102", 4000, say="unasked"), Expected.BLOCKED, "xray", routed=True,
     ),
-    Example(
-        "a container pretends to be another",
-        "xray", Try("udp", "10.0.0.100", 4000, spoof="10.0.0.50", say="forged"), Expected.BLOCKED, "gateway",
-    ),
+    FORGED,
     Example(
         "xray speaks IPv6, to its neighbours",
         "xray", Try("udp", "ff02::1", 4000, spoof="fe80::66", say="ipv6"), Expected.BLOCKED, "gateway",
@@ -260,14 +268,8 @@ NODE_EXAMPLES = (
         "the node itself to the op-dbus API",
         "host", Try("tcp", "10.1.0.201", 9574), Expected.PASSES, "op-dbus-api",
     ),
-    Example(
-        "xray to the op-dbus API (privacy to management)",
-        "xray", Try("tcp", "10.1.0.201", 9573), Expected.REFUSED, "op-dbus-api",
-    ),
-    Example(
-        "MCP server to xray (management to privacy)",
-        "mcp-server", Try("tcp", "10.0.0.102", 443), Expected.REFUSED, "xray",
-    ),
+    TO_MANAGEMENT,
+    TO_PRIVACY,
     Example(
         "privacy mesh peer to the op-dbus API",
         "droplet", Try("tcp", "10.1.0.201", 9574, source="10.0.0.50"), Expected.BLOCKED, "op-dbus-api",
@@ -280,14 +282,11 @@ NODE_EXAMPLES = (
         "admin to the API on the node's public address",
         "admin", Try("tcp", NODE, 9573), Expected.BLOCKED, "op-dbus-api",
     ),
-    Example(
-        "MCP server to the internet (management has no way out)",
-        "mcp-server", Try("tcp", WORLD, 443), Expected.REFUSED, "inet",
-    ),
-    Example(
-        "curl creates tor-relay in privacy, on the node",
-        "host", Try("tcp", LOOPBACK, 9573), Expected.CREATED, "", serves=("tcp:9001",),
-        ask=Ask("POST", "/api/containers/create", curl=True, answer=(("state", "ready"), ("address", "10.0.0.2"))),
+    NO_WAY_OUT,
+    asked_here(
+        "curl creates tor-relay in privacy, on the node", Expected.CREATED,
+        Ask("POST", "/api/containers/create", curl=True, answer=(("state", "ready"), ("address", "10.0.0.2"))),
+        serves=("tcp:9001",),
     ),
     Example(
         "xray to tor-relay, by its name",
@@ -305,19 +304,17 @@ NODE_EXAMPLES = (
         "monitoring to xray, without a grant",
         "monitoring", Try("tcp", "10.0.0.102", 8080), Expected.REFUSED, "xray",
     ),
-    Example(
-        "root asks for a grant: monitoring to xray, tcp 8080",
-        "host", Try("tcp", LOOPBACK, 9573), Expected.CREATED, "",
-        ask=Ask("POST", "/api/grants", HEALTH, answer=(("id", "1"), ("state", "requested"))),
+    asked_here(
+        "root asks for a grant: monitoring to xray, tcp 8080", Expected.CREATED,
+        Ask("POST", "/api/grants", HEALTH, answer=(("id", "1"), ("state", "requested"))),
     ),
-    Example(
-        "root approves what root has asked for",
-        "host", Try("tcp", LOOPBACK, 9573), Expected.FORBIDDEN, "", ask=Ask("POST", "/api/grants/1/approve", {}),
+    asked_here(
+        "root approves what root has asked for", Expected.FORBIDDEN,
+        Ask("POST", "/api/grants/1/approve", {}),
     ),
-    Example(
-        "somebody else approves it, by a token",
-        "host", Try("tcp", LOOPBACK, 9573), Expected.OK, "",
-        ask=Ask("POST", "/api/grants/1/approve", {}, token="auditor", answer=(("state", "approved"), ("realized", True))),
+    asked_here(
+        "somebody else approves it, by a token", Expected.OK,
+        Ask("POST", "/api/grants/1/approve", {}, token="auditor", answer=(("state", "approved"), ("realized", True))),
     ),
     Example(
         "monitoring to xray, granted",
@@ -335,27 +332,25 @@ NODE_EXAMPLES = (
         "its neighbours: the other way round",
         "xray", Try("tcp", "10.1.0.202", 8080), Expected.REFUSED, "monitoring",
     ),
-    Example(
-        "root revokes the grant",
-        "host", Try("tcp", LOOPBACK, 9573), Expected.OK, "",
-        ask=Ask("POST", "/api/grants/1/revoke", {}, answer=(("state", "revoked"), ("realized", True))),
+    asked_here(
+        "root revokes the grant", Expected.OK,
+        Ask("POST", "/api/grants/1/revoke", {}, answer=(("state", "revoked"), ("realized", True))),
     ),
     Example(
         "monitoring to xray, revoked",
         "monitoring", Try("tcp", "10.0.0.102", 8080), Expected.REFUSED, "xray",
     ),
-    Example(
-        "root deletes tor-relay",
-        "host", Try("tcp", LOOPBACK, 9573), Expected.OK, "", ask=Ask("DELETE", "/api/containers/tor-relay"),
+    asked_here(
+        "root deletes tor-relay", Expected.OK,
+        Ask("DELETE", "/api/containers/tor-relay"),
     ),
     Example(
         "xray to tor-relay, deleted",
         "xray", Try("tcp", "tor-relay", 9001), Expected.NO_NAME, "tor-relay",
     ),
-    Example(
-        "who has done all this, told as it happened",
-        "host", Try("tcp", LOOPBACK, 9573), Expected.TOLD, "",
-        ask=Ask("GET", "/api/events/stream", told=STORY),
+    asked_here(
+        "who has done all this, told as it happened", Expected.TOLD,
+        Ask("GET", "/api/events/stream", told=STORY),
     ),
     Example(
         "kill switch: WARP is unreachable, xray to the internet",

@@ -158,8 +158,12 @@ def _fault(error: dict[str, Any]) -> Fault:
     kind, message = str(error.get("type", "")), str(error.get("msg", "")).rstrip(".")
     field = ".".join(where) if kind != "json_invalid" else ""
     found = "nothing" if kind == "missing" else _shown(error.get("input"))
-    fix = {"missing": "Add it.", "extra_forbidden": "Remove it, or mend its name.", "json_invalid": "Send JSON."}
-    return Fault(field, found, message, fix.get(kind, f"{message[:1].upper()}{message[1:]}."))
+    fix = {"missing": "Add it.", "extra_forbidden": "Remove it, or mend its name.", "json_invalid": "Send JSON."}.get(
+        kind
+    )
+    if kind == "string_pattern_mismatch":
+        message, fix = models.PATTERNS.get(error["ctx"]["pattern"], (message, ""))
+    return Fault(field, found, message, fix or f"{message[:1].upper()}{message[1:]}.")
 
 
 def _shown(value: object) -> str:

@@ -138,5 +138,10 @@ class _Elsewhere:
 
 
 def serve_stdio(where: Where, *, approving: bool = False) -> None:
-    """Serve one client on standard input and output, until it closes them."""
-    anyio.run(server(_Elsewhere(where), approving=approving).run_stdio_async)
+    """Serve one client on standard input and output, until it closes them. Raises `BrokenPipeError`: it went away."""
+    try:
+        anyio.run(server(_Elsewhere(where), approving=approving).run_stdio_async)
+    except ExceptionGroup as group:
+        if group.split((BrokenPipeError, ConnectionResetError))[1] is not None:
+            raise
+        raise BrokenPipeError from group

@@ -30,14 +30,27 @@ def _check(text: str) -> str:
 LABEL = r"^[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?$"
 ADDRESS = r"^(?:(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])\.){3}(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])$"
 ID = r"^[1-9][0-9]{0,8}$"
+DIALLED = r"^[A-Za-z0-9][A-Za-z0-9.-]{0,252}:[1-9][0-9]{0,4}$"
+TOKEN = "^[0-9a-f]{10}$"
+OPERATION = "^[0-9a-f]{16}$"
+PATTERNS = {
+    LABEL: ("1 to 63 letters, digits and hyphens, with no hyphen first or last", ""),
+    ADDRESS: ("an IPv4 address, such as 10.0.0.7", ""),
+    ID: ("a number, such as 12", ""),
+    DIALLED: ("HOST:PORT, such as vpn.example.org:51820", ""),
+    TOKEN: ("10 characters of 0-9 and a-f", "See which tokens there are: GET /api/tokens (bulkhead token list)."),
+    OPERATION: (
+        "16 characters of 0-9 and a-f",
+        "An operation's id is in the answer to the change that was begun with wait=false (--no-wait).",
+    ),
+}
+"""What is expected where one of these does not match, and what to do if that does not say it."""
 Label = Annotated[str, Field(pattern=LABEL, max_length=63)]
 Text = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_printable)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Id = Annotated[str, Field(pattern=ID)]
 Address = Annotated[str, Field(pattern=ADDRESS)]
-Ref = Annotated[
-    str, Field(pattern=r"^[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?$", description="A container's id or name.")
-]
+Ref = Annotated[str, Field(pattern=LABEL, description="A container's id or name.")]
 Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
 
@@ -290,7 +303,7 @@ class AddClient(_In):
     endpoint: Annotated[
         str | None,
         Field(
-            pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]{0,252}:[1-9][0-9]{0,4}$",
+            pattern=DIALLED,
             description="HOST:PORT that the client dials, where it is not the declared one.",
         ),
     ] = None

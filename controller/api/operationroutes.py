@@ -19,7 +19,7 @@ def routes(api: Context) -> None:
     """Register the routes."""
 
     @api.routes.add("GET", "/api/operations/{id}", scope=Scope.READ, model=models.Operation, tag="operations")
-    async def show_operation(request: Request, id: Annotated[str, Path(pattern="^[0-9a-f]{1,64}$")]) -> Response:
+    async def show_operation(request: Request, id: Annotated[str, Path(pattern=models.OPERATION)]) -> Response:
         """Show an operation
         Operations are kept for a day.
         """

@@ -17,7 +17,7 @@ from controller.api.view import View, encoded, plain
 from controller.records import OperationRecord, Scope, TokenRecord, key
 from controller.store import Change
 
-Id = Annotated[str, Path(pattern="^[0-9a-f]{1,64}$", description="A token's id.")]
+Id = Annotated[str, Path(pattern=models.TOKEN, description="A token's id.")]
 MOST = 1000
 
 

@@ -85,6 +85,11 @@ def test_a_change_that_is_only_begun(api: Stand) -> None:
     run(api, "container", "delete", "later")
 
 
+def test_what_is_no_operation_is_told_in_words(api: Stand) -> None:
+    said = run(api, "operation", "nothing", code=1)
+    assert "expected 16 characters of 0-9 and a-f" in said and "--no-wait" in said and "^[" not in said
+
+
 def test_the_same_key_changes_nothing_twice(api: Stand) -> None:
     words = ("container", "create", "once", "--network", "privacy", "--idempotency-key", "k1", "--json")
     assert run(api, *words) == run(api, *words)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -264,3 +265,16 @@ def test_no_api_is_told_by_every_tool(tmp_path: Path) -> None:
     api = Stand(tmp_path, "", None, tmp_path)  # type: ignore[arg-type]
     done = by_stdio(api, None, calling("list_containers"))
     assert done.is_error and "Start one with: bulkhead up FILE" in text(done)
+
+
+@pytest.mark.parametrize("sockets", [False, True])
+def test_a_client_that_goes_away_leaves_no_noise(tmp_path: Path, sockets: bool) -> None:
+    words = [sys.executable, "-m", "controller", "mcp", "--run-dir", str(tmp_path)]
+    ours, theirs = (one.detach() for one in socket.socketpair()) if sockets else os.pipe()
+    with subprocess.Popen(
+        words, cwd=ROOT, stdin=subprocess.PIPE, stdout=theirs, stderr=subprocess.PIPE, text=True
+    ) as server:
+        os.close(theirs)
+        os.close(ours)
+        _, said = server.communicate(json.dumps(initialize()) + "\n", timeout=30)
+    assert (server.returncode, said) == (0, "")

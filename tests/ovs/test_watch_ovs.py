@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import subprocess
+from typing import Any
 
+from controller.asking import ask
 from controller.model import Mac
 from lab.ovs import run
 from tests.ovs.node import BULKHEAD, ROOT, Controller, Endpoint, Node, ethernet, ipv4, udp, wait_for
@@ -25,6 +27,12 @@ def datagram(source: Endpoint, mac: Mac, target: str, sport: int) -> bytes:
 def bulkhead(node: Node, *args: str) -> subprocess.CompletedProcess[str]:
     command = node.namespace.command(*BULKHEAD, *args, "--run-dir", str(node.controller.run_dir))
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def seal_network(node: Node, sealed: bool) -> dict[str, Any]:
+    """What the controller says when an incident seals the privacy network, or lets it in again."""
+    question = {"ask": "seal-network", "network": "privacy", "sealed": sealed}
+    return ask(node.controller.run_dir, question, 5.0)
 
 
 def test_a_hole_that_somebody_makes_is_told_with_a_packet_that_goes_through_it(node: Node) -> None:
@@ -76,6 +84,11 @@ def test_a_port_that_leaks_is_sealed_until_it_is_cleared(fresh: Node) -> None:
         fresh.controller.start()
         xray.send(frame)
         assert "veth102" in bulkhead(fresh, "status").stdout
+        cut = seal_network(fresh, True)
+        assert "vmbr0 veth100" in cut["ports"] and "vmbr0 veth102" not in cut["ports"]
+        back = seal_network(fresh, False)  # lets in again what it has closed, not what leaked
+        assert sorted(back["ports"]) == sorted(cut["ports"]) and back["leaked"] == ["vmbr0 veth102"]
+        xray.send(frame)
         assert arrivals.holding(b"marked") == {}
         fresh.ovs.ofctl("del-flows", "vmbr0", "cookie=0x77/-1")
         wrong = bulkhead(fresh, "unseal", "vmbr0", "veth999")

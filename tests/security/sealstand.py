@@ -203,15 +203,18 @@ def case_packets() -> None:
         while not pings("203.0.113.2") and time.monotonic() < end:
             pass
         assert pings("203.0.113.2") and pings("203.0.113.3")
-        seals = Seals(directory)
+        asked: list[tuple[str, bool]] = []
+        seals = Seals(directory, ports=lambda network, _id, closed: asked.append((network, closed)) or "")  # type: ignore[func-returns-value]
         one = seals.seal([Target("server", "a", ("203.0.113.2/32",))], "t", quick())
         assert not pings("203.0.113.2") and pings("203.0.113.3")
-        two = seals.seal([Target("network", "b", ("203.0.113.2/31",))], "t", quick())
+        two, again = (seals.seal([Target("network", "b", ("203.0.113.2/31",))], "t", quick()) for _ in range(2))
         assert not pings("203.0.113.3")
         seals.unseal(one.id)
         assert not pings("203.0.113.2")
         seals.unseal(two.id)
-        assert pings("203.0.113.2") and pings("203.0.113.3")
+        assert not pings("203.0.113.2") and ("b", False) not in asked  # its ports, too, stay closed
+        seals.unseal(again.id)
+        assert pings("203.0.113.2") and pings("203.0.113.3") and asked == [("b", True), ("b", True), ("b", False)]
     finally:
         holder.kill()
         holder.wait()

@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 
 from controller import fields
+from controller.compile import Sealing
 from controller.events import Event, Kind
 from controller.flow import Flow, Load, Match, Output, whole
 from controller.signals import Seal, Unseal
@@ -105,7 +106,7 @@ def test_a_sealed_port_stays_shut_until_an_operator_clears_it() -> None:
     wired.say(*switch.remove_by_others(bad))
     assert about_leaks(wired.wait(5)) == []
     assert isinstance(out_of_a_container(wired, switch), Dropped)
-    assert wired.core.sealed() == {"vmbr0": ["veth102"]}
+    assert wired.core.sealed() == {"vmbr0": {"veth102": Sealing.LEAK}}
 
     after = Wired(wired.core.state, *switches.values(), now=wired.now)  # another controller, which seals nothing itself
     for other in switches.values():
@@ -113,7 +114,7 @@ def test_a_sealed_port_stays_shut_until_an_operator_clears_it() -> None:
     after.up()
     after.wait(2)
     assert isinstance(out_of_a_container(after, switch), Dropped)
-    assert after.core.sealed() == {"vmbr0": ["veth102"]}
+    assert after.core.sealed() == {"vmbr0": {"veth102": Sealing.LEAK}}
     told = after.say(Unseal("vmbr0", "veth102"))
     assert about_leaks(told) == [Kind.UNSEALED]
     assert isinstance(out_of_a_container(after, switch), Sent)
@@ -140,6 +141,26 @@ def test_an_operator_seals_a_port_that_leaks_nothing() -> None:
     assert wired.say(Seal("vmbr0", "nothing")) == []
     assert about_leaks(wired.say(Unseal("vmbr0", "veth102"))) == [Kind.UNSEALED]
     assert isinstance(out_of_a_container(wired, switch), Sent)
+
+
+def test_why_a_port_is_sealed_outlives_the_controller_and_a_leak_is_not_forgotten() -> None:
+    wired, switches = started()
+    wired.core.seal = True
+    switch = switches["vmbr0"]
+    wired.say(*switch.add_by_others(hole(switch, "veth102", "from-privacy")))
+    wired.wait(2)
+    wired.say(Seal("vmbr0", "veth100"), Seal("vmbr0", "veth102"))
+    sealed = {"vmbr0": {"veth100": Sealing.NETWORK, "veth102": Sealing.LEAK}}
+    assert wired.core.sealed() == sealed
+
+    after = Wired(wired.core.state, *switches.values(), now=wired.now)
+    for other in switches.values():
+        other.connected = False
+    told = [*after.up(), *after.wait(2)]
+    assert after.core.sealed() == sealed
+    network, leak = sorted(event.text for event in told if event.kind is Kind.SEALED)
+    assert network.startswith("port veth100 ") and "bulkhead incident" in network
+    assert leak.startswith("port veth102 ") and "bulkhead unseal vmbr0 veth102" in leak
 
 
 def test_without_being_asked_nothing_is_sealed() -> None:

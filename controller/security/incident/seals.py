@@ -196,7 +196,9 @@ class Seals:
             self._step("a peer is back")
         self.enforce()
         self._step("the firewall lets in")
-        notes = [self._ports(t.name, seal.id, False) for t in seal.targets if t.kind == "network"]
+        held = {t.name for other in self.all() if other.in_force for t in other.targets if t.kind == "network"}
+        mine = [t.name for t in seal.targets if t.kind == "network" and t.name not in held]
+        notes = [self._ports(name, seal.id, False) for name in mine]
         done = replace(seal, phase="unsealed", notes=tuple(note for note in notes if note))
         self._write(done)
         return done
