@@ -162,6 +162,7 @@ UNITS: tuple[Unit, ...] = (
         "bulkhead",
         {
             "UMask": "0027",  # the API reads the events
+            "SystemCallFilter": "@system-service\n~@privileged @resources\n@chown",  # its socket is its group's
             "StateDirectory": "bulkhead/events",
             "StateDirectoryMode": "0750",
             "RuntimeDirectory": "bulkhead",
@@ -188,9 +189,13 @@ UNITS: tuple[Unit, ...] = (
             "ProtectKernelTunables": "no",
             "ProtectProc": "default",
             "ProcSubset": "all",
-            "ProtectSystem": "full",
+            # No setting that gives it mounts of its own: namespaces that it makes have to be there for `ip netns`, and for
+            # itself after a restart.
+            "ProtectSystem": "",
+            "ProtectHome": "",
+            "ProtectKernelModules": "",
+            "ProtectKernelLogs": "",
             "RestrictNamespaces": "no",
-            "MountFlags": "shared",
             "DevicePolicy": "closed",
             "DeviceAllow": "/dev/net/tun rw",
             "SystemCallFilter": "@system-service @mount @setuid @privileged\n~@clock @cpu-emulation @debug @obsolete "
