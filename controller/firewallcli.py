@@ -15,9 +15,19 @@ from controller.agent import trial
 from controller.agent.hosttable import wanted_host_table
 from controller.agent.nft import as_printed, listing, rule_differences
 from controller.agent.serverlinks import refuse_overlap
-from controller.problems import BulkheadError
+from controller.problems import BulkheadError, InvalidInput
+from controller.security.pki.disk import Disk, read
 from controller.statefile import load
-from controller.terminal import NO, file_argument, guarded, json_option, print_json, run_dir_option
+from controller.terminal import (
+    NO,
+    file_argument,
+    guarded,
+    json_option,
+    print_json,
+    run_dir_option,
+    say,
+    security_dir_option,
+)
 
 LONGEST_S = 24 * 3600
 
@@ -107,17 +117,29 @@ def verify(file: Path, as_json: bool) -> None:
     metavar="SECONDS",
     help="Go back to what was loaded before, unless `bulkhead firewall confirm` comes within so many seconds.",
 )
+@click.option(
+    "--at-boot", is_flag=True, help="If FILE cannot be used, load what was loaded by the last one that could, and fail."
+)
+@security_dir_option
 @run_dir_option
 @json_option
 @guarded
-def apply(file: Path, confirm_s: int | None, run_dir: Path, as_json: bool) -> None:
+def apply(file: Path, confirm_s: int | None, at_boot: bool, security_dir: Path, run_dir: Path, as_json: bool) -> None:
     """Load the host table that a state FILE asks for, in one transaction.
 
     With --confirm, open a new connection to this host before you confirm: the one you have may live on for other reasons.
     """
     _require_root()
-    text = _wanted(file)
-    own = _agent_dir(run_dir)
+    own, kept = _agent_dir(run_dir), security_dir / "firewall.nft"
+    try:
+        text = _wanted(file)
+    except (InvalidInput, BulkheadError):
+        if at_boot and (last := read(kept)) is not None:
+            asyncio.run(trial.load_table(own, last.decode()))
+            say(f"bulkhead: {file} cannot be used; what the last good one asked for is loaded")
+        raise
+    if at_boot:
+        Disk().write(kept, text.encode())
     if confirm_s is None:
         asyncio.run(trial.load_table(own, text))
     else:

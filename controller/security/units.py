@@ -105,7 +105,7 @@ UNITS: tuple[Unit, ...] = (
     Unit(
         "firewall",
         "Bulkhead's firewall of this host, from its start on",
-        f"bulkhead incident enforce\nbulkhead firewall apply {STATE_FILE}",
+        f"bulkhead incident enforce\nbulkhead firewall apply {STATE_FILE} --at-boot",
         "root",
         {
             "PrivateUsers": "no",
@@ -113,7 +113,9 @@ UNITS: tuple[Unit, ...] = (
             "AmbientCapabilities": "",
             "RestrictNamespaces": "net",
             "RestrictAddressFamilies": "AF_UNIX AF_INET AF_INET6 AF_NETLINK",
-            "ReadWritePaths": f"/run -{_SECURITY}",
+            "ReadWritePaths": "/run",
+            "StateDirectory": "bulkhead/security",
+            "StateDirectoryMode": "0700",
         },
         after=("local-fs.target",),
         kind=Kind.BOOT,

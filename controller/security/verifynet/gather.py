@@ -31,7 +31,7 @@ from controller.problems import BulkheadError
 from controller.security import tls, units
 from controller.security.pki import Holder
 from controller.security.pki.report import Check, checks
-from controller.security.profile import WG_INTERFACE
+from controller.security.profile import WG_INTERFACE, WG_INTERFACES
 from controller.security.verifynet import probe
 from controller.security.verifynet.asked import Asked
 from controller.security.verifynet.seen import KeyFile, Listener, Outcome, Probe, Seen, SocketFile, Tls, Wg, WgPeer
@@ -251,32 +251,48 @@ def _wg(asked: Asked, addresses: Mapping[str, tuple[str, ...]] | Gap) -> Wg | No
     both = [device for device in named if device in known.split()]
     if not both:
         return None
-    device = min(both, key=lambda name: name != WG_INTERFACE)  # while a key is replaced there are two
-    # One question for each, and never `dump`, which prints keys that are secret.
-    said = {
-        what: Host().run("wg", "show", device, what)
-        for what in ("peers", "allowed-ips", "latest-handshakes", "persistent-keepalive", "listen-port")
-    }
+    device = min(both, key=lambda name: name != WG_INTERFACE)
+    # While a key is replaced there are two, and a peer is heard by either.
+    devices = [
+        device,
+        *(name for name in WG_INTERFACES if name != device and name in addresses and name in known.split()),
+    ]
+    rows = [_wg_rows(name) for name in devices]
+    if gaps := [row for row in rows if isinstance(row, Gap)]:
+        return gaps[0]
+    every = [row for row in rows if not isinstance(row, Gap)]
+    heard: dict[str, int] = {}
+    for row in every:
+        for key, at in row["latest-handshakes"].items():
+            allowed = row["allowed-ips"].get(key, key)
+            heard[allowed] = max(heard.get(allowed, 0), int(at))
+    peers = {key: _wg_peer(key, row, heard) for row in reversed(every) for key in row["peers"]}
+    link = Host().run("ip", "-j", "link", "show", "dev", device)
+    mtu = 0 if isinstance(link, Gap) else int(json.loads(link)[0]["mtu"])
+    listen = int(next(iter(every[0]["listen-port"]), "0"))
+    return Wg(device, addresses[device], mtu, listen, tuple(peers.values()))
+
+
+def _wg_rows(device: str) -> dict[str, dict[str, str]] | Gap:
+    """What `wg show` says of an interface: for each question, values by key of a peer."""
     rows: dict[str, dict[str, str]] = {}
-    for what, text in said.items():
+    # One question for each, and never `dump`, which prints keys that are secret.
+    for what in ("peers", "allowed-ips", "latest-handshakes", "persistent-keepalive", "listen-port"):
+        text = Host().run("wg", "show", device, what)
         if isinstance(text, Gap):
             return text
         rows[what] = {key: rest for key, _, rest in (line.partition("\t") for line in text.splitlines())}
-    link = Host().run("ip", "-j", "link", "show", "dev", device)
-    return Wg(
-        device,
-        addresses[device],
-        0 if isinstance(link, Gap) else int(json.loads(link)[0]["mtu"]),
-        int(next(iter(rows["listen-port"]), "0")),
-        tuple(
-            WgPeer(
-                key,
-                tuple(part for part in rows["allowed-ips"].get(key, "").split() if part != "(none)"),
-                None if (at := int(rows["latest-handshakes"].get(key, "0"))) == 0 else max(0, int(time.time()) - at),
-                int(every) if (every := rows["persistent-keepalive"].get(key, "off")).isdecimal() else 0,
-            )
-            for key in rows["peers"]
-        ),
+    return rows
+
+
+def _wg_peer(key: str, row: dict[str, dict[str, str]], heard: Mapping[str, int]) -> WgPeer:
+    allowed = row["allowed-ips"].get(key, "")
+    at, every = heard.get(allowed or key, 0), row["persistent-keepalive"].get(key, "off")
+    return WgPeer(
+        key,
+        tuple(part for part in allowed.split() if part != "(none)"),
+        max(0, int(time.time()) - at) if at else None,
+        int(every) if every.isdecimal() else 0,
     )
 
 
