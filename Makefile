@@ -17,7 +17,7 @@ demo: packages $(VENV)/ready ## start a lab, show what passes and what is blocke
 	$(BIN)/bulkhead lab demo $(DEMO)
 
 test: packages $(VENV)/ready ## every test (root; those that need it are skipped otherwise). TESTS=path for some
-	$(BIN)/python -m pytest -n 4 --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest -n 6 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 bench: packages $(VENV)/ready ## measure against the peers (root). BENCH="--flows 50000" for other sizes
 	mkdir -p build

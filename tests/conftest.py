@@ -4,6 +4,7 @@ Tests start programs of ours many hundred times, which find their modules compil
 Python keep nothing.
 """
 
+import gc
 import os
 import sys
 
@@ -14,3 +15,4 @@ settings.load_profile("any-machine")
 
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+gc.set_threshold(50_000)

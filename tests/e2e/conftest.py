@@ -1,4 +1,4 @@
-"""One lab for all tests of this directory that only use it; whoever breaks one starts their own."""
+"""One lab for all tests of a file that only use it; whoever breaks one starts their own. None stays longer: it works all the time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tmp_path() -> Iterator[Path]:
         yield Path(name)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Status]:
     """The lab of the example state file, up."""
     run_dir = tmp_path_factory.mktemp("lab")
@@ -51,7 +51,7 @@ def fresh_lab(lab: Status) -> Status:
     return lab
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def nodes_lab() -> Iterator[Status]:
     """The lab of whole nodes, up, with the laptop in the VPN. For tests that only use it."""
     with tempfile.TemporaryDirectory(prefix="bulkhead-") as directory:

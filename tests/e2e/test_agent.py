@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 
 from lab.ovs import LabError
+from tests.fakes.effort import FULL
 
 from .agent_host import BareHost, difference, stop
 
+STEPS = ("1+", "3", "5+", "8", "9+") if FULL else ("1+", "6", "10+", "13", "16+")
+"""Before or after which step of its own an agent is killed."""
 CONTAINERS = ("100", "102", "200", "201", "202")
 
 
@@ -254,7 +257,7 @@ def test_killed_again_and_again_it_goes_on(bare: BareHost) -> None:
     chance = random.Random(4)
     kills = 0
     while True:
-        agent = bare.start("agent", {"BULKHEAD_DIE_AT": chance.choice(("1+", "3", "5+", "8", "9+"))})
+        agent = bare.start("agent", {"BULKHEAD_DIE_AT": chance.choice(STEPS)})
         bare.until(lambda a=agent: a.poll() is not None or bare.status()["settled"], 20, "killed or settled")  # type: ignore[misc]
         if agent.poll() is None:
             break

@@ -19,7 +19,7 @@ from controller.store import Store
 from .test_agent_attacks import rich
 from .test_up import UpHost
 
-ROUNDS = int(os.environ.get("BULKHEAD_KILLS", "8"))
+ROUNDS = int(os.environ.get("BULKHEAD_KILLS", "5"))
 """How often a process is killed; 50 by hand."""
 SEED = int(os.environ.get("BULKHEAD_SEED", "1424"))
 CONNECTIONS = 32

@@ -80,19 +80,21 @@ async def test_what_is_known_stays_and_what_is_asked_holds_nobody_up(directory: 
 async def test_a_resolver_that_is_silent_does_not_keep_the_agent_from_ending(directory: Path) -> None:
     own_names(directory)
     code = """
-import asyncio
+import asyncio, time
 from controller.agent.wireguard import Resolver
+print(time.monotonic())
 async def main():
     try: Resolver().address("nobody.example")
     except Exception as exc: print(exc)
 asyncio.run(main())
 """
-    began = time.monotonic()
     done = await asyncio.to_thread(
         subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
-    assert (done.stdout, done.stderr) == ("the endpoint nobody.example is being resolved\n", "")
-    assert time.monotonic() - began < 4
+    ended = time.monotonic()
+    began, _, said = done.stdout.partition("\n")  # how long Python takes to start is another matter
+    assert (said, done.stderr) == ("the endpoint nobody.example is being resolved\n", "")
+    assert ended - float(began) < 4
 
 
 @apart

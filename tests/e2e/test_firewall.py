@@ -798,7 +798,7 @@ def test_killed_at_any_time_the_roll_back_comes(desk: Desk, delay_s: float) -> N
 def test_with_the_guard_killed_the_agent_rolls_back(desk: Desk) -> None:
     assert desk("apply", str(desk.file)).returncode == 0
     before = desk.listing()
-    assert desk("apply", str(desk.other), "--confirm", "3").returncode == 0
+    assert desk("apply", str(desk.other), "--confirm", "8").returncode == 0
     mark = trial.read_trial(desk.own)
     assert mark is not None
     watching = _guard(mark.mark)
