@@ -362,11 +362,32 @@ def test_a_server_is_sealed_and_comes_back_step_by_step(guide: Guide) -> None:
     assert guide.ask("--json", '{"prompt": "back"}').returncode == 0
 
 
+def test_a_bad_state_file_and_a_restart_of_the_firewall_stop_nothing(guide: Guide) -> None:
+    inside = guide.router
+    inside.run("cp", "/etc/bulkhead/state.yaml", "/root/good.yaml")
+    inside.write("/etc/bulkhead/state.yaml", "security: {role: router\n")
+    try:
+        for verb in ("reload", "restart"):
+            with pytest.raises(LabError):
+                inside.run("systemctl", verb, "bulkhead-firewall.service")
+            inside.run("systemctl", "is-active", "bulkhead-router.service", "bulkhead-wg.service")
+            inside.run("nft", "list", "table", "inet", "bulkhead")
+            assert guide.ask("--json", '{"prompt": "still there"}').returncode == 0
+        with pytest.raises(LabError):  # but nothing starts without a firewall
+            inside.run("systemctl", "restart", "bulkhead-router.service")
+    finally:
+        inside.run("cp", "/root/good.yaml", "/etc/bulkhead/state.yaml")
+        inside.run("systemctl", "restart", "bulkhead-firewall.service", "bulkhead-router.service")
+    ready(guide)
+    guide.wait()
+
+
 def test_the_plug_is_pulled_and_all_comes_back_by_itself(guide: Guide) -> None:
     guide.bulkhead(guide.router, "incident", "seal", "--server", "203.0.113.66", "--reason", "rehearsal")
     for server in (ROUTER, INFERENCE):
         guide.reboot(server)
     ready(guide)
+    guide.wait()
     assert guide.ask("--json", '{"prompt": "hello"}').returncode == 0
     assert "203.0.113.66" in guide.router.run("nft", "list", "table", "inet", "bulkhead_seal")
 
