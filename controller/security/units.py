@@ -269,7 +269,7 @@ UNITS: tuple[Unit, ...] = (
         {
             # Reads every part's keys and the kernel's firewall, and probes ports from a namespace of its own.
             "CapabilityBoundingSet": "CAP_NET_ADMIN CAP_NET_RAW CAP_SYS_ADMIN CAP_DAC_READ_SEARCH CAP_DAC_OVERRIDE "
-            "CAP_SYS_PTRACE CAP_CHOWN CAP_FOWNER",
+            "CAP_SYS_PTRACE CAP_CHOWN CAP_FOWNER CAP_SETUID CAP_SETGID",
             "AmbientCapabilities": "",
             "PrivateUsers": "no",
             "ProtectProc": "default",
@@ -277,7 +277,8 @@ UNITS: tuple[Unit, ...] = (
             "RestrictNamespaces": "net",
             "SystemCallFilter": "@system-service",
             "RestrictAddressFamilies": "AF_UNIX AF_INET AF_INET6 AF_NETLINK",
-            "ReadWritePaths": f"-{_SECURITY}",
+            # Certificates are delivered to other users' directories, as these users.
+            "ReadWritePaths": f"-{_SECURITY} -/var/lib/bulkhead/router -/var/lib/bulkhead/inference",
         },
         kind=Kind.CALLED,
     ),
