@@ -67,7 +67,9 @@ def register(name: str, public: str, security_dir: Path, as_json: bool) -> None:
     """Let a client in under NAME. FILE.pub is what its keygen wrote, or - for standard input."""
     from controller.security.hpke import PublicKey, Registry
 
-    made = Registry(security_dir / "hpke").register(name, PublicKey.parse(_text(public)))
+    key = PublicKey.parse(_text(public))
+    _become_owner(security_dir)
+    made = Registry(security_dir / "hpke").register(name, key)
     _tell(security_dir, made)
     if as_json:
         print_json(_row(made))
@@ -83,6 +85,7 @@ def list_clients(security_dir: Path, as_json: bool) -> None:
     """List clients, the revoked ones too."""
     from controller.security.hpke import Registry
 
+    _become_owner(security_dir)
     found = Registry(security_dir / "hpke").clients()
     if as_json:
         print_json({"clients": [_row(each) for each in found]})
@@ -102,6 +105,7 @@ def revoke(name_or_id: str, security_dir: Path, as_json: bool) -> None:
     """Shut a client out, for good. The running router refuses its next request."""
     from controller.security.hpke import Registry
 
+    _become_owner(security_dir)
     gone = Registry(security_dir / "hpke").revoke(name_or_id)
     _tell(security_dir, gone)
     if as_json:
@@ -229,7 +233,15 @@ def list_keys(security_dir: Path, as_json: bool) -> None:
 def _router_keys(security_dir: Path) -> RouterKeys:
     from controller.security.hpke import RouterKeys
 
+    _become_owner(security_dir)
     return RouterKeys(security_dir / "hpke")
+
+
+def _become_owner(security_dir: Path) -> None:
+    """From here on only what the router's own user may do is done there."""
+    from controller.security.hpke.files import become_owner
+
+    become_owner(security_dir, security_dir / "hpke", security_dir / "hpke/clients")
 
 
 def _told(keys: RouterKeys) -> dict[str, Any]:

@@ -85,7 +85,8 @@ class Unit:
     groups: tuple[str, ...] = ()
     kind: Kind = Kind.SERVICE
     requires: tuple[str, ...] = ()
-    """What has to have started well: without its firewall a service does not start."""
+    """What has to have started well, by its runtime directory: without its firewall a service does not start. Not systemd's
+    Requires=, which stops a service that answers whenever its firewall's unit is restarted, also with a bad state file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,7 @@ UNITS: tuple[Unit, ...] = (
             "ReadWritePaths": "/run",
             "StateDirectory": "bulkhead/security",
             "StateDirectoryMode": "0700",
+            "RuntimeDirectory": "bulkhead-firewall",
         },
         after=("local-fs.target",),
         kind=Kind.BOOT,
@@ -269,7 +271,7 @@ UNITS: tuple[Unit, ...] = (
         {
             # Reads every part's keys and the kernel's firewall, and probes ports from a namespace of its own.
             "CapabilityBoundingSet": "CAP_NET_ADMIN CAP_NET_RAW CAP_SYS_ADMIN CAP_DAC_READ_SEARCH CAP_DAC_OVERRIDE "
-            "CAP_SYS_PTRACE CAP_CHOWN CAP_FOWNER",
+            "CAP_SYS_PTRACE CAP_CHOWN CAP_FOWNER CAP_SETUID CAP_SETGID",
             "AmbientCapabilities": "",
             "PrivateUsers": "no",
             "ProtectProc": "default",
@@ -277,7 +279,8 @@ UNITS: tuple[Unit, ...] = (
             "RestrictNamespaces": "net",
             "SystemCallFilter": "@system-service",
             "RestrictAddressFamilies": "AF_UNIX AF_INET AF_INET6 AF_NETLINK",
-            "ReadWritePaths": f"-{_SECURITY}",
+            # Certificates are delivered to other users' directories, as these users.
+            "ReadWritePaths": f"-{_SECURITY} -/var/lib/bulkhead/router -/var/lib/bulkhead/inference",
         },
         kind=Kind.CALLED,
     ),
@@ -321,7 +324,8 @@ def service(unit: Unit, program: str) -> str:
     lines = ["# Made by bulkhead units; changes belong in a drop-in.", "[Unit]", f"Description={unit.text}"]
     lines.append(f"After={' '.join(unit.after)}")
     if unit.requires:
-        lines.append(f"Requires={' '.join(unit.requires)}")
+        lines.append(f"Wants={' '.join(unit.requires)}")
+        lines += [f"AssertPathExists=/run/{name.removesuffix('.service')}" for name in unit.requires]
     if unit.kind is Kind.BOOT:  # as early as Debian's own nftables.service: before there is any network
         lines += ["DefaultDependencies=no", "Wants=network-pre.target", "Before=network-pre.target shutdown.target"]
         lines.append("Conflicts=shutdown.target")
@@ -331,6 +335,7 @@ def service(unit: Unit, program: str) -> str:
     if unit.kind is Kind.SERVICE:
         lines += ["ExecReload=/bin/kill -HUP $MAINPID", "Restart=on-failure", "RestartSec=1"]
     elif unit.kind is Kind.BOOT:
+        lines += [f"ExecReload={line.replace('bulkhead', program, 1)}" for line in unit.command.split("\n")]
         lines.append("RemainAfterExit=yes")
     else:  # the answer no is told by events, not as a failed unit
         lines += ["SuccessExitStatus=1", "TimeoutStartSec=10min"]

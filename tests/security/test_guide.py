@@ -133,6 +133,43 @@ def test_a_server_is_sealed_and_comes_back_step_by_step(guide: Guide) -> None:
     guide.wait()
 
 
+def test_a_bad_state_file_and_a_restart_of_the_firewall_stop_nothing(guide: Guide) -> None:
+    inside = guide.router
+    inside.run("cp", "/etc/bulkhead/state.yaml", "/root/good.yaml")
+    inside.write("/etc/bulkhead/state.yaml", "security: {role: router\n")
+    try:
+        for verb in ("reload", "restart"):
+            with pytest.raises(LabError):
+                inside.run("systemctl", verb, "bulkhead-firewall.service")
+            inside.run("systemctl", "is-active", "bulkhead-router.service", "bulkhead-wg.service")
+            inside.run("nft", "list", "table", "inet", "bulkhead")
+            assert guide.ask("--json", '{"prompt": "still there"}').returncode == 0
+        with pytest.raises(LabError):  # but nothing starts without a firewall
+            inside.run("systemctl", "restart", "bulkhead-router.service")
+    finally:
+        inside.run("cp", "/root/good.yaml", "/etc/bulkhead/state.yaml")
+        inside.run("systemctl", "restart", "bulkhead-firewall.service", "bulkhead-router.service")
+    ready(guide)
+    guide.wait()
+
+
+def test_the_monthly_chores_deliver_certificates_to_another_user(guide: Guide) -> None:
+    inside, ca, there = guide.inference, "/var/lib/bulkhead/security/trial", "/var/lib/bulkhead/inference/trial"
+    drop_in = "/etc/systemd/system/bulkhead-chores@monthly.service.d"
+    inside.write(f"{drop_in}/trial.conf", f"[Service]\nEnvironment=BULKHEAD_SECURITY_DIR={ca}\n")
+    try:
+        inside.run("systemctl", "daemon-reload")
+        for words in ("init home", "issue probe --kind peer", f"export probe --to {there} --owner inference"):
+            guide.bulkhead(inside, "pki", *words.split(), "--security-dir", ca)
+        inside.run("rm", f"{there}/crl.pem")
+        inside.run("sh", "-c", "systemctl start bulkhead-chores@monthly.service || true")  # here all else is unknown
+        assert inside.run("stat", "-c", "%U", f"{there}/crl.pem").strip() == "inference"
+    finally:
+        inside.run("rm", "-rf", drop_in, ca, there)
+        inside.run("systemctl", "daemon-reload")
+        inside.run("sh", "-c", "systemctl reset-failed bulkhead-chores@monthly.service || true")
+
+
 def test_the_plug_is_pulled_and_all_comes_back_by_itself(guide: Guide) -> None:
     guide.bulkhead(guide.router, "incident", "seal", "--server", "203.0.113.66", "--reason", "rehearsal")
     for server in (ROUTER, INFERENCE):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from controller.problems import BulkheadError
-from controller.security.incident import Recovery, Step
-from controller.security.pki.disk import Disk
+from controller.security.incident import Collection, Recovery, Seal, Seals, Step, Target, seals
+from controller.security.pki.disk import Disk, locked
 
 ROOT = Path(__file__).parents[2]
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="makes namespaces")
@@ -32,6 +36,35 @@ def test_seals(case: str, tmp_path: Path) -> None:
         timeout=100,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_start_of_the_host_s_firewall_does_not_undo_a_seal_that_is_being_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tmp_path / "20261125T170828-9b291e82"
+    made.mkdir()
+    new = Seal(made.name, "begun", "test", "now", (Target("server", "inf1", ("10.0.0.2/32",)),))
+    loaded: list[str] = []
+
+    def call(*_words: str, text: str) -> str:
+        loaded.append(text)
+        return ""
+
+    monkeypatch.setattr(seals, "_call", call)
+    with ThreadPoolExecutor(1) as pool:
+        with locked(tmp_path):
+            other = pool.submit(Seals(tmp_path).enforce)
+            time.sleep(0.2)
+            (made / "seal.json").write_text(json.dumps(asdict(new)))
+        other.result(5)
+    assert "10.0.0.2" in loaded[-1]
+
+
+def test_a_seal_that_is_not_there_is_told_as_such(tmp_path: Path) -> None:
+    for what in (Seals(tmp_path / "none").unseal, lambda name: Seals(tmp_path / "none").resume(name, Collection(()))):
+        with pytest.raises(BulkheadError, match="there is no seal x"):
+            what("x")
+    assert not (tmp_path / "none").exists()
 
 
 def _steps(log: Path, healed: Path) -> tuple[Step, ...]:

@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 from controller.problems import BulkheadError
+
+LARGEST: Final = 65536
+
+
+def become_owner(*places: Path) -> None:
+    """Give up root's rights, for good, for those of the first other user that one of these directories belongs to, the outer
+    ones first: whoever owns a directory may put links there, and root would follow them. Raises `BulkheadError`.
+    """
+    if os.geteuid() != 0:
+        return
+    for place in places:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found = place.stat()
+            if found.st_uid != 0:
+                os.setgroups([])
+                os.setgid(found.st_gid)
+                os.setuid(found.st_uid)
+                return
 
 
 def make_directory(path: Path) -> None:
@@ -19,7 +40,9 @@ def make_directory(path: Path) -> None:
         if not path.parent.is_dir():
             make_directory(path.parent)
         path.mkdir(mode=0o700, exist_ok=True)
-        _hand_over(path, path.parent)
+        if os.geteuid() == 0:
+            owner = path.parent.stat()
+            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 def write(path: Path, text: str) -> None:
@@ -35,8 +58,10 @@ def write(path: Path, text: str) -> None:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
-                os.fsync(file.fileno())
-            _hand_over(temporary, path.parent)
+                if os.geteuid() == 0:  # the file itself, whatever has its name by now
+                    owner = path.parent.stat()
+                    os.fchown(descriptor, owner.st_uid, owner.st_gid)
+                os.fsync(descriptor)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -68,7 +93,17 @@ def read_secret(path: Path) -> str:
             raise BulkheadError(
                 f"{path} has mode {mode:03o} and holds a private key; chmod 600 it, or make a new one if others saw it"
             )
-        return file.read(65536)
+        return file.read(LARGEST)
+
+
+def read_public(path: Path) -> str:
+    """A small file of text. Raises `OSError`, also for what is no file: nobody waits for a pipe, or reads a device without
+    end. Raises `UnicodeDecodeError`."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(descriptor, encoding="utf-8") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is no file", str(path))
+        return file.read(LARGEST)
 
 
 @contextlib.contextmanager
@@ -82,12 +117,6 @@ def locked(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _hand_over(path: Path, like: Path) -> None:
-    if os.geteuid() == 0:
-        owner = like.stat()
-        os.chown(path, owner.st_uid, owner.st_gid)
 
 
 @contextlib.contextmanager

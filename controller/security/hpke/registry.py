@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from controller.problems import BulkheadError
-from controller.security.hpke.files import locked, write
+from controller.security.hpke.files import locked, read_public, write
 from controller.security.hpke.keys import PublicKey
 from controller.security.hpke.suites import SUITES
 from controller.security.hpke.wire import Malformed, b64, unb64
@@ -112,7 +112,7 @@ class Registry:
             cached = self._cache.get(identity)
             if cached is not None and cached[0] == stamp:
                 return cached[1]
-            client = _read(path.read_text(encoding="utf-8"))
+            client = _read(read_public(path))
         except (OSError, UnicodeDecodeError):
             self._cache.pop(identity, None)
             return None

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
 from pathlib import Path
@@ -137,11 +138,12 @@ class Seals:
 
     def resume(self, seal_id: str, collection: Collection) -> Seal:
         """Complete what was interrupted; nothing changes if nothing was. Raises `BulkheadError`."""
+        self.get(seal_id)
         with locked(self.directory):
             seal = self.get(seal_id)
             if seal.phase == "unsealing":
                 return self._opened(seal)
-            self.enforce()
+            self._load()
             if seal.phase in ("sealed", "unsealed"):
                 return seal
             collection.begin()
@@ -150,7 +152,7 @@ class Seals:
     def _complete(self, seal: Seal, collection: Collection, began: float) -> Seal:
         if seal.phase == "begun":
             collection.head_start(max(0.0, 0.8 - (time.monotonic() - began)))
-            self.enforce()
+            self._load()
             self._step("the firewall has cut")
             collection.cut_at = time.time()
             took = round(time.monotonic() - began, 3)
@@ -175,6 +177,7 @@ class Seals:
 
     def unseal(self, seal_id: str) -> Seal:
         """Let in again what that seal cut off, unless another one does too. Raises `BulkheadError`."""
+        self.get(seal_id)
         with locked(self.directory):
             seal = self.get(seal_id)
             if seal.phase == "unsealed":
@@ -194,7 +197,7 @@ class Seals:
             key = shared.get(peer.key)
             _call(*words, *(["preshared-key", "/dev/stdin"] if key else []), text=key)
             self._step("a peer is back")
-        self.enforce()
+        self._load()
         self._step("the firewall lets in")
         held = {t.name for other in self.all() if other.in_force for t in other.targets if t.kind == "network"}
         mine = [t.name for t in seal.targets if t.kind == "network" and t.name not in held]
@@ -204,7 +207,14 @@ class Seals:
         return done
 
     def enforce(self) -> None:
-        """Load the table that all seals in force ask for, in one step. Raises `BulkheadError`."""
+        """Load the table that all seals in force ask for, in one step. Raises `BulkheadError`.
+
+        Not while another command seals: what was read before would undo its cut.
+        """
+        with locked(self.directory) if self.directory.is_dir() else nullcontext():
+            self._load()
+
+    def _load(self) -> None:
         _call("nft", "-f", "-", text=table(self.all()))
 
     def not_enforced(self) -> list[str]:

@@ -12,6 +12,7 @@ import os
 import socket as sockets
 import ssl
 import stat
+import struct
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
@@ -130,6 +131,11 @@ class Connection(asyncio.Protocol):
         self._finish(outcome)
         if self.transport is not None:
             self.transport.abort()
+
+    def drop_if_silent(self) -> None:
+        """Give up if nobody is at the other end any more."""
+        if self.transport is not None and _is_silent(self.transport):
+            self.drop(Outcome.BROKEN if self._begun else Outcome.UNANSWERED)
 
     # - what asyncio does
 
@@ -318,9 +324,11 @@ class Upstream:
             connection.transport.abort() if not connection.sent_all else connection.transport.close()
 
     def sweep(self, now: float, revoked: Revocations | None) -> None:
-        """Close what is idle for long, and whatever leads to someone whose certificate is revoked by now."""
+        """Close what is idle for long, and whatever leads nowhere or to someone whose certificate is revoked by now."""
         while self._idle and now - self._idle[0].idle_since > KEEP_S:
             self._idle.popleft().drop()
+        for each in list(self._all):
+            each.drop_if_silent()
         if revoked is None:
             return
         for each in list(self._all):
@@ -444,8 +452,12 @@ def _group(gid: int) -> str:
 
 
 def _notice_silence(transport: asyncio.Transport) -> None:
-    """Have the kernel end a connection whose other end acknowledges nothing for `SILENT_S`, also while it has nothing to say:
-    the way is gone, or it is cut off. A server that merely thinks for long is not meant; its kernel answers. tcp(7)."""
+    """Have the kernel end a connection whose other end acknowledges nothing for `SILENT_S` while there is nothing to say: the
+    way is gone, or it is cut off. A server that merely thinks for long is not meant; its kernel answers. tcp(7).
+
+    While there is something to say see `_is_silent`: TCP_USER_TIMEOUT would end connections to a server that is there, and
+    merely has no room for more of a request.
+    """
     found = transport.get_extra_info("socket")
     if found is None or found.family not in (sockets.AF_INET, sockets.AF_INET6):
         return
@@ -453,4 +465,18 @@ def _notice_silence(transport: asyncio.Transport) -> None:
     found.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_KEEPIDLE, SILENT_S // 2)
     found.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_KEEPINTVL, 1)
     found.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_KEEPCNT, SILENT_S // 2)
-    found.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_USER_TIMEOUT, SILENT_S * 1000)
+
+
+def _is_silent(transport: asyncio.Transport) -> bool:
+    """Whether the other end has acknowledged nothing for `SILENT_S`, and something is sent again and again."""
+    found = transport.get_extra_info("socket")
+    if found is None or found.family not in (sockets.AF_INET, sockets.AF_INET6):
+        return False
+    try:
+        # struct tcp_info of linux/tcp.h: tcpi_probes (of a closed window), tcpi_unacked, tcpi_last_ack_recv (ms)
+        probes, unacked, acknowledged_ms = struct.unpack(
+            "3xB20xI28xI", found.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, 60)
+        )
+    except OSError:
+        return False
+    return bool(probes or unacked) and acknowledged_ms > SILENT_S * 1000
