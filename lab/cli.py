@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typing import Any
 import click
 
 from lab import demo as examples
-from lab import manager, places
+from lab import manager, ovs, places
 from lab.manager import LabError, LabHost, Status
 
 _run_dir = click.option(
@@ -47,7 +48,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         except LabError as exc:
             click.echo(f"bulkhead: {exc}", err=True)
             sys.exit(exc.code)
-        except OSError as exc:
+        except (OSError, ovs.LabError, subprocess.TimeoutExpired) as exc:
             click.echo(f"bulkhead: {exc}", err=True)
             sys.exit(LabError.code)
         except _Terminated:

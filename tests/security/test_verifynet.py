@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
@@ -18,8 +19,8 @@ import pytest
 
 from controller.security import units
 from controller.security.pki.report import Check
-from controller.security.verifynet import Asked, Peer, Seen, exit_code, judge, read_asked
-from controller.security.verifynet.gather import differing, read_listeners
+from controller.security.verifynet import Asked, Peer, Seen, exit_code, judge, probe, read_asked
+from controller.security.verifynet.gather import _probes, differing, read_listeners
 from controller.security.verifynet.seen import KeyFile, Listener, Outcome, Probe, SocketFile, Tls, Wg, WgPeer
 from controller.verify.host.facts import Gap
 from controller.verify.host.findings import Status
@@ -293,3 +294,30 @@ def test_probes_tell_open_from_closed_and_leave_nothing_even_when_killed() -> No
             server.kill()
             server.wait()
         place.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes namespaces")
+def test_without_ipv6_ports_are_tried_by_ipv4() -> None:
+    place = Namespace()
+    code = "from controller.security.verifynet import probe\nwith probe.neighbour() as (pid, a, b): print(probe.tried(pid, [('tcp', a, 22)]), [b])"
+    try:
+        off = "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6; echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6"
+        place.run("sh", "-ec", off)
+        found = place.run("env", f"PYTHONPATH={ROOT}", sys.executable, "-c", code)
+        assert "'refused'" in found and found.strip().endswith("['']")
+    finally:
+        place.close()
+
+
+def test_it_is_said_where_other_devices_have_ipv6_and_the_probe_s_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def neighbour() -> Iterator[tuple[int, str, str]]:
+        yield 1, "169.254.77.1", ""
+
+    monkeypatch.setattr(probe, "neighbour", neighbour)
+    monkeypatch.setattr(probe, "tried", lambda _pid, keys: [(*key, "closed") for key in keys])
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    role = asked("router")
+    assert isinstance(_probes(role, (), {"lo": ("::1/128",), "eth0": ("192.0.2.1/24",)}), tuple)
+    found = _probes(role, (), {"eth0": ("192.0.2.1/24", "fe80::1/64")})
+    assert isinstance(found, Gap) and "disable_ipv6=0" in found.mend

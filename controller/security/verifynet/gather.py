@@ -80,7 +80,7 @@ def gather(asked: Asked, security_dir: Path, root: Path, rules: str | Gap) -> Se
     addresses = _addresses()
     wg = _wg(asked, addresses) if asked.role != "dev" else None
     with ThreadPoolExecutor(max_workers=8) as pool:
-        probes = pool.submit(_probes, asked, listeners)
+        probes = pool.submit(_probes, asked, listeners, addresses)
         certificates = pool.submit(_certificates, asked, security_dir / "pki")
         served = pool.submit(_tls, asked, security_dir / "pki")
         upstreams = pool.submit(_upstreams, asked, security_dir / "pki")
@@ -140,13 +140,19 @@ def _addresses() -> Mapping[str, tuple[str, ...]] | Gap:
     }
 
 
-def _probes(asked: Asked, listeners: tuple[Listener, ...] | Gap) -> tuple[Probe, ...] | Gap:
+def _probes(
+    asked: Asked, listeners: tuple[Listener, ...] | Gap, addresses: Mapping[str, tuple[str, ...]] | Gap
+) -> tuple[Probe, ...] | Gap:
     if os.geteuid() != 0:
         return Gap("ports can be probed from another namespace by root only", "run this as root")
     there = () if isinstance(listeners, Gap) else listeners
     try:
         with probe.neighbour() as (pid, ours, ours6):
-            wanted = sorted({key for address in (ours, ours6) for key in _ports(asked, there, address)})
+            if not ours6 and _speaks_ipv6(addresses):
+                return Gap(
+                    "a new device gets no IPv6, though others have it", "sysctl net.ipv6.conf.default.disable_ipv6=0"
+                )
+            wanted = sorted({key for address in filter(None, (ours, ours6)) for key in _ports(asked, there, address)})
             # What is bound to one address is tried at that one.
             bound = {(one.protocol, one.address, one.port) for one in there if _is_reachable(one.address)}
             found = probe.tried(pid, [*wanted, *sorted(bound)])
@@ -154,6 +160,13 @@ def _probes(asked: Asked, listeners: tuple[Listener, ...] | Gap) -> tuple[Probe,
         said = getattr(exc, "stderr", None) or exc
         return Gap(f"no probe could be made: {str(said).strip()[:200]}", "install util-linux and iproute2; run as root")
     return tuple(Probe(protocol, address, port, Outcome(outcome)) for protocol, address, port, outcome in found)
+
+
+def _speaks_ipv6(addresses: Mapping[str, tuple[str, ...]] | Gap) -> bool:
+    """Whether strangers may reach this machine by IPv6; yes if that is not known."""
+    if isinstance(addresses, Gap):
+        return True
+    return any(":" in address for device, every in addresses.items() if device != "lo" for address in every)
 
 
 def _ports(asked: Asked, listeners: tuple[Listener, ...], address: str) -> set[tuple[str, str, int]]:

@@ -24,7 +24,8 @@ TRIES = 2
 
 @contextmanager
 def neighbour() -> Iterator[tuple[int, str, str]]:
-    """A namespace that is linked to this one: the process it belongs to, and our addresses on the link (IPv4, IPv6).
+    """A namespace that is linked to this one: the process it belongs to, and our addresses on the link (IPv4, IPv6; the latter
+    empty where devices get no IPv6).
 
     Raises `OSError` and `subprocess.SubprocessError` where it cannot be made.
     """
@@ -42,19 +43,25 @@ def neighbour() -> Iterator[tuple[int, str, str]]:
         inside = ["nsenter", f"--net=/proc/{holder.pid}/ns/net"]
         # The pair is made with one end inside at once: there is no moment when a kill would leave it here.
         _run("ip", "link", "add", device, "type", "veth", "peer", "name", "eth0", "netns", str(holder.pid))
-        _batch(
-            [],
-            f"addr add {ours}/30 dev {device}\naddr add {ours6}/126 dev {device} nodad\nlink set {device} up\n",
-        )
-        _batch(
-            inside,
-            f"link set lo up\naddr add {theirs}/30 dev eth0\naddr add {theirs6}/126 dev eth0 nodad\nlink set eth0 up\n"
-            f"route add default via {ours}\nroute add default via {ours6}\n",
-        )
+        _batch([], f"addr add {ours}/30 dev {device}\nlink set {device} up\n")
+        setting = f"link set lo up\naddr add {theirs}/30 dev eth0\nlink set eth0 up\nroute add default via {ours}\n"
+        if _has_ipv6(device):
+            _batch([], f"addr add {ours6}/126 dev {device} nodad\n")
+            setting += f"addr add {theirs6}/126 dev eth0 nodad\nroute add default via {ours6}\n"
+        else:
+            ours6 = ""
+        _batch(inside, setting)
         yield holder.pid, ours, ours6
     finally:
         holder.kill()
         holder.wait()
+
+
+def _has_ipv6(device: str) -> bool:
+    try:
+        return Path(f"/proc/sys/net/ipv6/conf/{device}/disable_ipv6").read_text().strip() == "0"
+    except FileNotFoundError:
+        return not Path("/proc/sys/net").is_dir()  # a kernel without; where that is hidden, trying tells
 
 
 def _await_namespace(pid: int) -> None:
