@@ -118,6 +118,7 @@ UNITS: tuple[Unit, ...] = (
             "ReadWritePaths": f"/run -{_SECURITY}",
         },
         after=("local-fs.target",),
+        groups=("bulkhead",),  # root without its right to everything writes in /run/bulkhead as its group
         kind=Kind.BOOT,
     ),
     Unit(
@@ -167,9 +168,7 @@ UNITS: tuple[Unit, ...] = (
             "SystemCallFilter": "@system-service\n~@privileged @resources\n@chown",  # its socket is its group's
             "StateDirectory": "bulkhead/events",
             "StateDirectoryMode": "0750",
-            "RuntimeDirectory": "bulkhead",
-            "RuntimeDirectoryMode": "0770",
-            "RuntimeDirectoryPreserve": "yes",
+            "ReadWritePaths": "/run/bulkhead",
         },
         after=("network.target", "bulkhead-store.service"),
     ),
@@ -256,9 +255,7 @@ UNITS: tuple[Unit, ...] = (
         "bulkhead",
         {
             "StateDirectory": "bulkhead/store",
-            "RuntimeDirectory": "bulkhead",
-            "RuntimeDirectoryMode": "0770",
-            "RuntimeDirectoryPreserve": "yes",
+            "ReadWritePaths": "/run/bulkhead",
         },
     ),
     Unit(
@@ -303,6 +300,9 @@ m router inference
 TMPFILES = """\
 # Made by bulkhead units. The guide's path leads to a directory that belongs to the inference server; in the state file:
 # security: {inference: {socket: /run/bulkhead-inference/inference.sock, group: router}}
+# Sockets of several users are in /run/bulkhead: the sticky bit keeps them from moving away each other's and root's. Not a
+# RuntimeDirectory= of units: systemd would give the controller's user all that root has put there before.
+d /run/bulkhead 1770 bulkhead bulkhead -
 L /run/inference.sock - - - - bulkhead-inference/inference.sock
 """
 
