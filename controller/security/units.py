@@ -120,6 +120,7 @@ UNITS: tuple[Unit, ...] = (
             "RuntimeDirectory": "bulkhead-firewall",
         },
         after=("local-fs.target",),
+        groups=("bulkhead",),  # root without its right to everything writes in /run/bulkhead as its group
         kind=Kind.BOOT,
     ),
     Unit(
@@ -169,9 +170,7 @@ UNITS: tuple[Unit, ...] = (
             "SystemCallFilter": "@system-service\n~@privileged @resources\n@chown",  # its socket is its group's
             "StateDirectory": "bulkhead/events",
             "StateDirectoryMode": "0750",
-            "RuntimeDirectory": "bulkhead",
-            "RuntimeDirectoryMode": "0770",
-            "RuntimeDirectoryPreserve": "yes",
+            "ReadWritePaths": "/run/bulkhead",
         },
         after=("network.target", "bulkhead-store.service"),
     ),
@@ -258,9 +257,7 @@ UNITS: tuple[Unit, ...] = (
         "bulkhead",
         {
             "StateDirectory": "bulkhead/store",
-            "RuntimeDirectory": "bulkhead",
-            "RuntimeDirectoryMode": "0770",
-            "RuntimeDirectoryPreserve": "yes",
+            "ReadWritePaths": "/run/bulkhead",
         },
     ),
     Unit(
@@ -305,6 +302,9 @@ m router inference
 TMPFILES = """\
 # Made by bulkhead units. The guide's path leads to a directory that belongs to the inference server; in the state file:
 # security: {inference: {socket: /run/bulkhead-inference/inference.sock, group: router}}
+# Sockets of several users are in /run/bulkhead: the sticky bit keeps them from moving away each other's and root's. Not a
+# RuntimeDirectory= of units: systemd would give the controller's user all that root has put there before.
+d /run/bulkhead 1770 bulkhead bulkhead -
 L /run/inference.sock - - - - bulkhead-inference/inference.sock
 """
 

@@ -25,7 +25,8 @@ lxc:
 """
 SETUP = f"""
 rm -rf /etc/openvswitch; mkdir -p /etc/openvswitch /var/log/openvswitch
-bulkhead units install > /dev/null; systemd-sysusers; systemctl daemon-reload
+bulkhead units install > /dev/null; systemd-sysusers; systemd-tmpfiles --create /etc/tmpfiles.d/bulkhead.conf
+systemctl daemon-reload
 systemctl enable --now openvswitch-switch
 systemctl enable --now {" ".join(UNITS)}
 """
@@ -95,3 +96,12 @@ def test_the_plug_is_pulled_and_all_comes_back(machine: Machine) -> None:
     assert " 0% packet loss" in machine.run(
         "ip", "netns", "exec", "bulkhead-201", "ping", "-c3", "-i0.2", "-W2", address
     )
+
+
+def test_the_api_s_user_moves_away_nothing_that_root_keeps_beside_the_sockets(machine: Machine) -> None:
+    assert machine.run("stat", "-c", "%U", "/run/bulkhead/agent").strip() == "root"
+    who = ("setpriv", "--reuid=bulkhead-api", "--regid=bulkhead-api", "--init-groups")
+    machine.run(*who, "test", "-w", "/run/bulkhead")
+    for name in ("agent", "controller.sock"):
+        with pytest.raises(LabError, match="not permitted"):
+            machine.run(*who, "mv", f"/run/bulkhead/{name}", "/run/bulkhead/gone")
