@@ -74,10 +74,12 @@ class Route:
 class Known:
     """What a namespace's kernel has told when it was asked, as long as nothing of it has changed.
 
-    An answer that is being read while something changes is forgotten with the next `Net.listen`.
+    An answer that is being read while something changes is forgotten with the next `Net.listen`; `changes` tells whether
+    another task has listened meanwhile. Then it is not kept at all.
     """
 
     def __init__(self) -> None:
+        self.changes = 0
         self.links: dict[str, Link | None] = {}
         self.addresses: dict[int, set[str]] | None = None
         self.routes: dict[int | None, set[Route]] | None = None
@@ -87,11 +89,13 @@ class Known:
 
     def forget(self) -> None:
         """Know nothing any more."""
+        self.changes += 1
         self.links, self.addresses, self.routes, self.neighbours, self.every = {}, None, None, None, None
         self.since = time.monotonic()
 
     def hear(self, told: bytes) -> None:
         """Forget what notifications speak of (struct nlmsghdr, then ifinfomsg or another)."""
+        self.changes += 1
         at = 0
         while at + 16 <= len(told):
             length, kind = struct.unpack_from("=IH", told, at)
@@ -152,55 +156,71 @@ class Net:
     async def links(self) -> dict[str, Link]:
         """Every interface by name."""
         self.listen()
-        if self.known.every is None:
-            found = [_link(message) for message in await self.rtnl.get_links()]
-            self.known.every = {link.name: link for link in found}
-        return self.known.every
+        if self.known.every is not None:
+            return self.known.every
+        before = self.known.changes
+        links = [_link(message) for message in await self.rtnl.get_links()]
+        found = {link.name: link for link in links}
+        if self.known.changes == before:
+            self.known.every = found
+        return found
 
     async def link(self, name: str) -> Link | None:
         """The interface of that name."""
         self.listen()
-        if name not in self.known.links:
-            try:
-                answer = await self.rtnl.link("get", ifname=name)
-            except NetlinkError as exc:
-                if exc.code != errno.ENODEV:
-                    raise Failed(f"the kernel does not tell about {name}: {os.strerror(exc.code)}") from exc
-                answer = ()
-            self.known.links[name] = next((_link(message) for message in answer), None)
-        return self.known.links[name]
+        if name in self.known.links:
+            return self.known.links[name]
+        before = self.known.changes
+        try:
+            answer = await self.rtnl.link("get", ifname=name)
+        except NetlinkError as exc:
+            if exc.code != errno.ENODEV:
+                raise Failed(f"the kernel does not tell about {name}: {os.strerror(exc.code)}") from exc
+            answer = ()
+        found = next((_link(message) for message in answer), None)
+        if self.known.changes == before:
+            self.known.links[name] = found
+        return found
 
     async def addresses(self, index: int) -> set[str]:
         """IPv4 addresses of an interface, with prefix length."""
         self.listen()
-        if self.known.addresses is None:
-            self.known.addresses = {}
-            for message in await self.rtnl.get_addr(family=socket.AF_INET):
-                text = f"{message.get('address')}/{message['prefixlen']}"
-                self.known.addresses.setdefault(message["index"], set()).add(text)
-        return self.known.addresses.get(index, set())
+        if self.known.addresses is not None:
+            return self.known.addresses.get(index, set())
+        before, found = self.known.changes, dict[int, set[str]]()
+        for message in await self.rtnl.get_addr(family=socket.AF_INET):
+            text = f"{message.get('address')}/{message['prefixlen']}"
+            found.setdefault(message["index"], set()).add(text)
+        if self.known.changes == before:
+            self.known.addresses = found
+        return found.get(index, set())
 
     async def routes(self, index: int) -> set[Route]:
         """IPv4 routes of the main table out of an interface, but those that the kernel made for addresses."""
         kernel = 2  # RTPROT_KERNEL
         self.listen()
-        if self.known.routes is None:
-            self.known.routes = {}
-            for message in await self.rtnl.get_routes(family=socket.AF_INET, table=MAIN_TABLE):
-                if message["proto"] != kernel:
-                    self.known.routes.setdefault(message.get("oif"), set()).add(_route(message))
-        return self.known.routes.get(index, set())
+        if self.known.routes is not None:
+            return self.known.routes.get(index, set())
+        before, found = self.known.changes, dict[int | None, set[Route]]()
+        for message in await self.rtnl.get_routes(family=socket.AF_INET, table=MAIN_TABLE):
+            if message["proto"] != kernel:
+                found.setdefault(message.get("oif"), set()).add(_route(message))
+        if self.known.changes == before:
+            self.known.routes = found
+        return found.get(index, set())
 
     async def neighbours(self, index: int) -> dict[str, str]:
         """Permanent IPv4 neighbours of an interface: address to MAC."""
         self.listen()
-        if self.known.neighbours is None:
-            self.known.neighbours = {}
-            for message in await self.rtnl.get_neighbours(family=socket.AF_INET):
-                if message["state"] & PERMANENT:
-                    of = self.known.neighbours.setdefault(message["ifindex"], {})
-                    of[message.get("dst")] = message.get("lladdr")
-        return self.known.neighbours.get(index, {})
+        if self.known.neighbours is not None:
+            return self.known.neighbours.get(index, {})
+        before, found = self.known.changes, dict[int, dict[str, str]]()
+        for message in await self.rtnl.get_neighbours(family=socket.AF_INET):
+            if message["state"] & PERMANENT:
+                found.setdefault(message["ifindex"], {})[message.get("dst")] = message.get("lladdr")
+        if self.known.changes == before:
+            self.known.neighbours = found
+        return found.get(index, {})
 
     def listen(self) -> None:
         """Forget what has changed. The kernel tells of a change before the call that made it has returned."""
