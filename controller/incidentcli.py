@@ -25,7 +25,7 @@ from controller.problems import BulkheadError
 from controller.security.hpke import Registry
 from controller.security.incident import Collection, Recovery, Seal, Seals, Step, Target
 from controller.security.incident.evidence import host_sources
-from controller.security.pki import Pki, archive, report
+from controller.security.pki import Pki, archive, delivery, report
 from controller.security.pki.disk import Disk
 from controller.security.verifynet import judge, read_asked
 from controller.statefile import load
@@ -51,6 +51,7 @@ EVENT_DIRS = (
     Path("/var/lib/bulkhead/events"),
     Path("/var/lib/bulkhead/agent/events"),
     Path("/var/lib/bulkhead/api/events"),
+    Path("/var/lib/bulkhead/router/events"),
 )
 
 state_option = click.option(
@@ -83,7 +84,7 @@ def _seals(security_dir: Path, run_dir: Path) -> Seals:
 
 
 def _collection(file: Path, security_dir: Path) -> Collection:
-    dirs = (*EVENT_DIRS, security_dir / "events")
+    dirs = (*EVENT_DIRS, *(security_dir / part for part in ("events", "pki/events", "wg/events", "seals/events")))
     return Collection(host_sources(file if file.is_file() else None, security_dir, dirs))
 
 
@@ -390,7 +391,7 @@ def recover(
 
 
 @click.command()
-@click.argument("which", type=click.Choice(["minute", "weekly", "monthly"]))
+@click.argument("which", type=click.Choice(["minute", "hourly", "weekly", "monthly"]))
 @click.argument("file", type=click.Path(path_type=Path), default=STATE_FILE)
 @click.option("--root", type=click.Path(path_type=Path), default=Path("/"), help="Where etc/systemd/system is.")
 @click.option(
@@ -403,17 +404,20 @@ def recover(
 def chores(
     which: str, file: Path, root: Path, store_db: Path, security_dir: Path, run_dir: Path, as_json: bool
 ) -> None:
-    """Do what the guide wants every minute, week or month, of the machine that FILE describes; exit 1 if something is bad.
+    """Do what the guide wants every minute, hour, week or month, of the machine that FILE describes; exit 1 if something is bad.
 
-    minute: health and configuration. weekly: also who has access, what expires, the firewall. monthly: also certificates
-    that are due are renewed, and back-ups of certificates and store are restored aside and looked at.
+    minute: health and configuration. hourly: certificates that are due are renewed where the CA is, lists of revocations are
+    made anew, and what other users' directories have is brought up to date. weekly: health, who has access, what expires, the
+    firewall. monthly: all of that, and back-ups of certificates and store are restored aside and looked at.
     """
-    tasks: dict[str, Callable[[], str]] = {
-        "network": lambda: _network(file, security_dir, root),
-        "seals": lambda: ", ".join(_seals(security_dir, run_dir).not_enforced()),
-    }
     notes: dict[str, Any] = {}
-    if which != "minute":
+    tasks: dict[str, Callable[[], str]] = {"renewal": lambda: _renewed(security_dir, notes)}
+    if which != "hourly":
+        tasks = {
+            "network": lambda: _network(file, security_dir, root),
+            "seals": lambda: ", ".join(_seals(security_dir, run_dir).not_enforced()),
+        }
+    if which in ("weekly", "monthly"):
         tasks |= {
             "access": lambda: _access(security_dir, notes),
             "expiry": lambda: "; ".join(f"{d.subject}: {d.why}" for d in report.due(security_dir / "pki")),
@@ -468,9 +472,12 @@ def _access(security_dir: Path, notes: dict[str, Any]) -> str:
 
 
 def _renewed(security_dir: Path, notes: dict[str, Any]) -> str:
-    made = Pki(security_dir / "pki").renew_due()
-    notes["renewal"] = f"renewed: {', '.join(one.name for one in made) or 'none was due'}"
-    return ""
+    pki = Pki(security_dir / "pki")
+    if pki.is_ca:
+        notes["renewal"] = f"renewed: {', '.join(one.name for one in pki.renew_due()) or 'none was due'}"
+        return ""
+    notes["renewal"] = "the CA is elsewhere; what is due is renewed there"
+    return "; ".join(delivery.Deliveries(pki.holder).refresh())
 
 
 def _rehearse_pki(security_dir: Path) -> str:

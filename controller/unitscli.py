@@ -49,7 +49,7 @@ def install(root: Path, as_json: bool) -> None:
     click.echo("nothing to write: all is as it should be" if not written else "next: systemd-sysusers")
     if written:
         click.echo("      systemctl daemon-reload")
-        click.echo("      systemctl enable --now bulkhead-weekly.timer bulkhead-monthly.timer bulkhead-minute.timer")
+        click.echo("      systemctl enable --now bulkhead-{minute,hourly,weekly,monthly}.timer")
 
 
 @units.command()

@@ -27,7 +27,7 @@ CLIENT = "198.51.100.9"
 NEIGHBOUR = "198.51.100.8"
 _SOURCE = Path(__file__).resolve().parent.parent
 _BULKHEAD = (sys.executable, "-P", "-c", "from controller.cli import main; main()")
-TIMERS = tuple(f"bulkhead-{name}.timer" for name in ("minute", "weekly", "monthly"))
+TIMERS = tuple(f"bulkhead-{name}.timer" for name in ("minute", "hourly", "weekly", "monthly"))
 
 
 @dataclass(frozen=True, slots=True)

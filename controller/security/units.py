@@ -106,7 +106,8 @@ UNITS: tuple[Unit, ...] = (
     Unit(
         "firewall",
         "Bulkhead's firewall of this host, from its start on",
-        f"bulkhead incident enforce\nbulkhead firewall apply {STATE_FILE} --at-boot",
+        # A seal that cannot be read must not keep the firewall away: the chores of the minute tell of it.
+        f"-bulkhead incident enforce\nbulkhead firewall apply {STATE_FILE} --at-boot",
         "root",
         {
             "PrivateUsers": "no",
@@ -285,6 +286,7 @@ UNITS: tuple[Unit, ...] = (
 CHORES: tuple[Chore, ...] = (
     Chore("weekly", "Mon *-*-* 04:10:00", "access review, health, expiry and firewall audit"),
     Chore("monthly", "*-*-02 04:40:00", "the weekly chores, renewal and the rehearsal of disaster recovery"),
+    Chore("hourly", "*-*-* *:25:00", "renewal of certificates and lists of revocations, where the CA is"),
     Chore("minute", "*-*-* *:*:00", "the check of the network's configuration"),
 )
 

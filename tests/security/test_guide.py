@@ -41,6 +41,16 @@ def test_both_machines_are_green(guide: Guide) -> None:
     assert bad(guide, "inf1") == {}
 
 
+def test_the_chores_find_nothing_bad(guide: Guide) -> None:
+    for machine in guide.machines.values():
+        for chore in ("minute", "hourly", "weekly", "monthly"):
+            machine.run("systemctl", "start", f"bulkhead-chores@{chore}.service")
+            shown = machine.run("systemctl", "show", "-p", "ExecMainStatus", f"bulkhead-chores@{chore}.service")
+            journal = machine.run("journalctl", "-b", "-u", f"bulkhead-chores@{chore}.service")
+            assert shown.strip() == "ExecMainStatus=0", journal
+    assert "laptop" in guide.router.run("journalctl", "-b", "-u", "bulkhead-chores@weekly.service")
+
+
 def forged(guide: Guide) -> tuple[str, str]:
     """A certificate of router1 and its key, PEM, which the CA has signed and which has ended."""
     home = guide.directory / "home/pki"

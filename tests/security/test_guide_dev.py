@@ -23,7 +23,7 @@ bulkhead pki issue dev1 --kind server --ip 127.0.0.1 --dns llm.example
 install -d -m 700 -o router -g router /var/lib/bulkhead/router
 bulkhead pki export dev1 --to /var/lib/bulkhead/router/pki --owner router
 systemctl enable --now bulkhead-inference bulkhead-router
-systemctl enable --now bulkhead-minute.timer bulkhead-weekly.timer bulkhead-monthly.timer
+systemctl enable --now bulkhead-minute.timer bulkhead-hourly.timer bulkhead-weekly.timer bulkhead-monthly.timer
 bulkhead client keygen /root/laptop
 bulkhead client register laptop /root/laptop.pub
 """
@@ -91,7 +91,7 @@ def test_it_answers_and_is_green(machine: Machine) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.2)
     assert lines(machine) == {}
-    for chore in ("minute", "weekly", "monthly"):
+    for chore in ("minute", "hourly", "weekly", "monthly"):
         machine.run("systemctl", "start", f"bulkhead-chores@{chore}.service")
         assert "ExecMainStatus=0" in machine.run("systemctl", "show", f"bulkhead-chores@{chore}.service")
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 from controller.problems import BulkheadError
 from controller.security.incident import Collection, Recovery, Seal, Seals, Step, Target, seals
 from controller.security.pki.disk import Disk, locked
+from lab.ovs import Namespace
 
 ROOT = Path(__file__).parents[2]
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="makes namespaces")
@@ -58,6 +60,25 @@ def test_a_start_of_the_host_s_firewall_does_not_undo_a_seal_that_is_being_made(
             (made / "seal.json").write_text(json.dumps(asdict(new)))
         other.result(5)
     assert "10.0.0.2" in loaded[-1]
+
+
+@root_only
+def test_a_seal_that_cannot_be_read_keeps_no_other_from_being_enforced(tmp_path: Path) -> None:
+    good, bad = tmp_path / "seals/20261125T170828-9b291e82", tmp_path / "seals/20261125T170829-9b291e82"
+    for each in (good, bad):
+        each.mkdir(parents=True)
+    new = Seal(good.name, "sealed", "test", "now", (Target("server", "inf1", ("10.0.0.2/32",)),))
+    (good / "seal.json").write_text(json.dumps(asdict(new)))
+    (bad / "seal.json").write_text("{")
+    with closing(Namespace()) as space:
+        enforce = space.command(sys.executable, "-c", "from controller.cli import main; main()", "incident", "enforce")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "BULKHEAD_SECURITY_DIR": str(tmp_path)}
+        for broken in ((bad,), (good, bad)):  # at the start of the host; later on a cut that is there stays
+            for each in broken:
+                (each / "seal.json").write_text("{")
+            done = subprocess.run(enforce, env=environment, capture_output=True, text=True)
+            assert done.returncode == 2 and "is damaged" in done.stderr and "Traceback" not in done.stderr
+            assert "10.0.0.2" in space.run("nft", "list", "table", "inet", "bulkhead_seal")
 
 
 def test_a_seal_that_is_not_there_is_told_as_such(tmp_path: Path) -> None:

@@ -228,10 +228,13 @@ def test_a_drop_in_that_loosens_a_unit_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "etc/systemd/system/bulkhead-router.service"
     unit = next(unit for unit in units.UNITS if unit.name == "router")
     assert differing(path, unit) == ()
-    drop = path.with_name("bulkhead-router.service.d")
-    drop.mkdir()
-    (drop / "loose.conf").write_text("[Service]\nNoNewPrivileges=no\n")
-    assert differing(path, unit) == ("NoNewPrivileges is no",)
+    for kind in ("etc/systemd/system/bulkhead-router.service.d", "run/systemd/system/bulkhead-.service.d",
+                 "run/systemd/system/service.d"):  # fmt: skip
+        drop = tmp_path / kind / "loose.conf"
+        drop.parent.mkdir(parents=True, exist_ok=True)
+        drop.write_text("[Service]\nNoNewPrivileges=no\n")
+        assert differing(path, unit) == ("NoNewPrivileges is no",), kind
+        drop.unlink()
 
 
 def test_the_profile_is_read_and_a_wrong_one_is_told(tmp_path: Path) -> None:

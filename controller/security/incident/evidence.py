@@ -130,7 +130,9 @@ def host_sources(state_file: Path | None, security_dir: Path, event_dirs: Iterab
 
 def _files(directory: Path, pattern: str = "*") -> Iterator[Path]:
     if directory.is_dir():
-        yield from sorted(path for path in directory.rglob(pattern) if path.is_file() and path.name != "key.pem")
+        found = (path for path in directory.rglob(pattern) if path.is_file() and path.name != "key.pem")
+        # Some are other users' directories: no link of theirs is followed.
+        yield from sorted(path for path in found if path.resolve().is_relative_to(directory.resolve()))
 
 
 def _contents(path: Path) -> Callable[[], bytes]:

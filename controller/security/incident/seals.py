@@ -100,17 +100,22 @@ class Seals:
 
     def all(self) -> list[Seal]:
         """Every seal, the oldest first. Raises `BulkheadError`."""
-        found = []
+        found, damaged = self._read()
+        if damaged:
+            raise BulkheadError(damaged)
+        return found
+
+    def _read(self) -> tuple[list[Seal], str]:
+        """Every seal that can be read, and what is wrong with one that cannot."""
+        found, damaged = [], ""
         for path in sorted(self.directory.glob("*/seal.json")):
             if not _ID.fullmatch(path.parent.name):
                 continue
             try:
                 found.append(Seal.from_json(read(path) or b""))
             except (ValueError, KeyError, TypeError) as exc:
-                raise BulkheadError(
-                    f"{path} is damaged ({exc}); the cut stays; mend or move it, then try again"
-                ) from exc
-        return found
+                damaged = f"{path} is damaged ({exc}); the cut stays; mend or move it, then try again"
+        return found, damaged
 
     def get(self, seal_id: str) -> Seal:
         """The seal of that id, whole. Raises `BulkheadError`."""
@@ -209,10 +214,15 @@ class Seals:
     def enforce(self) -> None:
         """Load the table that all seals in force ask for, in one step. Raises `BulkheadError`.
 
-        Not while another command seals: what was read before would undo its cut.
+        Not while another command seals: what was read before would undo its cut. Where a seal cannot be read, a cut that is
+        there stays; where there is none, after a start of the host, say, what can be read is cut off.
         """
         with locked(self.directory) if self.directory.is_dir() else nullcontext():
-            self._load()
+            found, damaged = self._read()
+            if not damaged or TABLE not in _call("nft", "list", "tables", "inet").split():
+                _call("nft", "-f", "-", text=table(found))
+            if damaged:
+                raise BulkheadError(damaged)
 
     def _load(self) -> None:
         _call("nft", "-f", "-", text=table(self.all()))

@@ -162,7 +162,11 @@ def _units(_asked: Asked, seen: Seen) -> Answer | Gap:
 
 def _timers(_asked: Asked, seen: Seen) -> Answer | Gap:
     mend = f"bulkhead units install; systemctl daemon-reload; systemctl enable --now {' '.join(seen.timers)}"
-    return [f"{name} is not enabled" for name in seen.timers], "weekly, monthly and minute timers are enabled", mend
+    return (
+        [f"{name} is not enabled" for name in seen.timers],
+        "the timers of minute, hour, week and month are enabled",
+        mend,
+    )
 
 
 def _at_boot(_asked: Asked, seen: Seen) -> Answer | Gap:

@@ -227,7 +227,7 @@ def differing(path: Path, unit: units.Unit) -> tuple[str, ...]:
         return (f"{path} is not there",)
     wanted = _settings(units.service(unit, "bulkhead"))
     found: dict[str, list[str]] = {}
-    for part in (path, *sorted(path.with_name(path.name + ".d").glob("*.conf"))):
+    for part in (path, *_drop_ins(path)):
         try:
             found.update(_settings(part.read_text()))
         except OSError as exc:
@@ -238,6 +238,20 @@ def differing(path: Path, unit: units.Unit) -> tuple[str, ...]:
         for key in keys
         if key in wanted and found.get(key) != wanted[key]
     )
+
+
+def _drop_ins(path: Path) -> list[Path]:
+    """The drop-ins of a unit in /etc and /run, those of its prefix and of all services too, as systemd.unit(5) has them; one
+    of the same name in /etc takes the place of the one in /run."""
+    root, stem = path.parents[3], path.name.removesuffix(".service")
+    kinds = [f"{path.name}.d", "service.d"]
+    kinds += [f"{stem[: end + 1]}.service.d" for end, letter in enumerate(stem) if letter == "-"]
+    kinds += [f"{stem}{chore.name}.service.d" for chore in units.CHORES if stem.endswith("@")]
+    found: dict[str, Path] = {}
+    for base in ("run", "etc"):
+        for kind in kinds:
+            found |= {each.name: each for each in (root / base / "systemd/system" / kind).glob("*.conf")}
+    return [found[name] for name in sorted(found)]
 
 
 def _settings(text: str) -> dict[str, list[str]]:
