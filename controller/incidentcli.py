@@ -426,7 +426,7 @@ def chores(
     if which == "monthly":
         tasks = {"renewal": lambda: _renewed(security_dir, notes)} | tasks
         tasks |= {
-            "restore pki": lambda: _rehearse_pki(security_dir),
+            "restore pki": lambda: _rehearse_pki(security_dir, notes),
             "restore store": lambda: _rehearse_store(store_db, notes),
         }
     found: dict[str, str] = {}
@@ -480,8 +480,11 @@ def _renewed(security_dir: Path, notes: dict[str, Any]) -> str:
     return "; ".join(delivery.Deliveries(pki.holder).refresh())
 
 
-def _rehearse_pki(security_dir: Path) -> str:
+def _rehearse_pki(security_dir: Path, notes: dict[str, Any]) -> str:
     """Make a back-up, restore it elsewhere and look whether every certificate of it works."""
+    if not Pki(security_dir / "pki").is_ca:
+        notes["restore pki"] = "the CA is elsewhere; it is rehearsed there"
+        return ""
     with tempfile.TemporaryDirectory(prefix="bulkhead-rehearsal-") as temp:
         file, there = Path(temp, "pki.backup"), Path(temp, "pki")
         archive.backup(security_dir / "pki", file)
