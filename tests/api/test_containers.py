@@ -112,7 +112,7 @@ def test_a_refused_create_leaves_nothing(api: Stand, client: httpx.Client) -> No
     assert answer.status_code == 409 and answer.json()["type"].endswith(":refused")
     assert "leaks" in answer.json()["detail"]
     assert client.get("/api/containers/bad").status_code == 404
-    assert not records(api).containers and not running(api)
+    until(lambda: not records(api).containers and not running(api))
 
 
 def test_a_late_create_leaves_nothing(api: Stand, client: httpx.Client) -> None:
@@ -120,7 +120,7 @@ def test_a_late_create_leaves_nothing(api: Stand, client: httpx.Client) -> None:
     answer = client.post("/api/containers/create?timeout=0.3", json={"name": "slow", "network": "privacy"})
     assert answer.status_code == 409 and answer.json()["type"].endswith(":not-realized")
     assert "bridge" in answer.json()["detail"]
-    assert not records(api).containers and not running(api)
+    until(lambda: not records(api).containers and not running(api))
 
 
 def test_what_is_declared_is_not_changed(client: httpx.Client) -> None:

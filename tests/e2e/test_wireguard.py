@@ -225,7 +225,7 @@ async def test_a_process_that_hangs_is_replaced(directory: Path) -> None:
 @apart
 async def test_a_stale_socket_is_in_nobodys_way(directory: Path) -> None:
     world = World(directory)
-    sh(f"ip netns exec far wireguard-go -f {DEVICE} & sleep 0.5; kill -9 $!")
+    sh(f"ip netns exec far wireguard-go -f {DEVICE} & sleep 0.5; kill -9 $!; wait $! || true")
     assert SOCKET.exists()
     await world.settle()
     assert not world.troubles
