@@ -134,18 +134,22 @@ class Machine(Here):
         self._groups = _groups()
         source, python = Path(__file__).resolve().parent.parent, Path(sys.prefix)
         groups = " ".join(map(str, self._groups))
-        words = [
-            "sh",
-            "-ec",
-            _ENTER,
-            "enter",
-            groups,
-            "nsenter",
-            f"--mount=/proc/{self._disk.pid}/ns/mnt",
+        words = ["sh", "-ec", _ENTER, "enter", groups, "nsenter", f"--mount=/proc/{self._disk.pid}/ns/mnt"]
+        words += [
             "unshare",
             "--mount",
+            "--pid",
+            "--net",
+            "--uts",
+            "--ipc",
+            "--cgroup",
+            "--fork",
+            "--kill-child",
+            "sh",
+            "-ec",
+            _BOOT,
+            "boot",
         ]
-        words += ["--pid", "--net", "--uts", "--ipc", "--cgroup", "--fork", "--kill-child", "sh", "-ec", _BOOT, "boot"]
         words += [str(self._directory), str(source), str(python)]
         self._systemd = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -176,9 +180,11 @@ class Machine(Here):
     def off(self) -> None:
         """Switch it off, as pulling the plug does: its disk is all that is left."""
         if self._systemd is not None:
-            with contextlib.suppress(ProcessLookupError):
-                if self.pid:
-                    os.kill(self.pid, signal.SIGKILL)
+            # While its parent has not been waited for the number is still systemd's.
+            if self._systemd.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    if self.pid:
+                        os.kill(self.pid, signal.SIGKILL)
                 self._systemd.kill()
             self._systemd.wait()
             if self._systemd.stderr is not None:
