@@ -6,7 +6,6 @@ import datetime as dt
 import itertools
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,13 +18,6 @@ from tests.security.guidestand import STATE, bad, ready, red, until
 
 PAIR = "/var/lib/bulkhead/security/pki/current"
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture(scope="module")
-def guide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guide]:
-    with Guide(tmp_path_factory.mktemp("guide")) as made:
-        made.start()
-        yield made
 
 
 def test_a_streamed_answer_by_tls_hpke_wireguard_and_mutual_tls(guide: Guide) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -26,13 +25,6 @@ SERVER = "/usr/bin/openssl s_server -quiet -cert /var/lib/bulkhead/{0}/pki/curre
 ROUTERS, INFERENCES = SERVER.format("router", "router1"), SERVER.format("inference", "inf1")
 WG_STILL = "systemctl stop bulkhead-wg"
 WG_AGAIN = "systemctl start bulkhead-wg"
-
-
-@pytest.fixture(scope="module")
-def guide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guide]:
-    with Guide(tmp_path_factory.mktemp("guide")) as made:
-        made.start()
-        yield made
 
 
 @dataclass(frozen=True)
