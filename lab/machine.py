@@ -17,13 +17,13 @@ import time
 from itertools import count
 from pathlib import Path
 
-from lab.ovs import Here, LabError, die_with_parent, run
+from lab.ovs import Here, LabError, die_with_parent
 
 BOOT_S = 30
 _CGROUPS = Path("/sys/fs/cgroup")
 _PREFIX = "bulkhead-machine"
 _NUMBERS = count(1)
-PROGRAM = "/usr/local/bin/bulkhead"
+
 _EMPTY = ("tmp", "root", "home", "var/tmp", "var/log", "var/lib/bulkhead", "etc/bulkhead", "etc/systemd/system")
 """What of this machine is not to be seen there."""
 
@@ -246,4 +246,4 @@ def _sweep() -> None:
             _remove([group])
 
 
-__all__ = ["PROGRAM", "LabError", "Machine", "run"]
+__all__ = ["LabError", "Machine"]

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from tests.api.stand import Stand, good, stand, until
+from tests.fakes.stores import opened
 
 SEED = [
     {"name": "tor-relay", "network": "privacy", "services": [{"name": "tor-relay", "protocol": "tcp", "port": 9001}]},
@@ -112,7 +113,9 @@ def test_a_refused_create_leaves_nothing(api: Stand, client: httpx.Client) -> No
     assert answer.status_code == 409 and answer.json()["type"].endswith(":refused")
     assert "leaks" in answer.json()["detail"]
     assert client.get("/api/containers/bad").status_code == 404
-    until(lambda: not records(api).containers and not running(api))
+    with opened(api.remote) as store:  # at the moment of the answer; who follows the store hears of it a moment later
+        left = store.start()
+    assert not left.containers and not [one for one in left.operations if one.state == "running"]
 
 
 def test_a_late_create_leaves_nothing(api: Stand, client: httpx.Client) -> None:
@@ -120,7 +123,9 @@ def test_a_late_create_leaves_nothing(api: Stand, client: httpx.Client) -> None:
     answer = client.post("/api/containers/create?timeout=0.3", json={"name": "slow", "network": "privacy"})
     assert answer.status_code == 409 and answer.json()["type"].endswith(":not-realized")
     assert "bridge" in answer.json()["detail"]
-    until(lambda: not records(api).containers and not running(api))
+    with opened(api.remote) as store:  # at the moment of the answer; who follows the store hears of it a moment later
+        left = store.start()
+    assert not left.containers and not [one for one in left.operations if one.state == "running"]
 
 
 def test_what_is_declared_is_not_changed(client: httpx.Client) -> None:
